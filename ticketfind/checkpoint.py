@@ -1,0 +1,149 @@
+"""Checkpoint files -> weights under the model's own names. No code in a file is ever run."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ticketfind import TicketfindError
+from ticketfind.masks import matches
+from ticketfind.tensorfile import read_tensors
+
+_CONTAINERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "state_dict_ema",
+    "ema",
+    "module",
+    "net",
+    "weights",
+    "params",
+)
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Every tensor in a checkpoint: .safetensors, a sharded index (or its folder), or a torch file.
+
+    Torch files are read with ``weights_only=True``. Raises TicketfindError for a missing, damaged, unsafe or empty one.
+    """
+    if path.is_dir():
+        indices = sorted(path.glob("*.safetensors.index.json"))
+        files = indices or sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            raise TicketfindError(
+                f"checkpoint {path}: expected one .safetensors.index.json or one .safetensors in the folder,"
+                f" found {len(files)}"
+            )
+        path = files[0]
+    if not path.is_file():
+        raise TicketfindError(f"checkpoint {path}: no such file")
+    if path.name.endswith(".index.json"):
+        weights: Mapping[str, Any] = _read_sharded(path)
+    elif path.suffix == ".safetensors":
+        weights, _ = read_tensors(path, "checkpoint")
+    elif path.suffix in _TORCH_SUFFIXES:
+        weights = _unwrap(_read_torch(path))
+    else:
+        raise TicketfindError(
+            f"checkpoint {path}: expected .safetensors, .safetensors.index.json or a torch file"
+            f" ({' '.join(_TORCH_SUFFIXES)})"
+        )
+    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise TicketfindError(
+            f"checkpoint {path}: expected named tensors, found {', '.join(map(str, weights)) or 'nothing'}"
+        )
+    return tensors
+
+
+def _read_sharded(path: Path) -> dict[str, Tensor]:
+    try:
+        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise TicketfindError(
+            f"checkpoint {path}: expected an index with a weight_map; reading it failed: {error}"
+        ) from error
+    weights: dict[str, Tensor] = {}
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise TicketfindError(f"checkpoint {path}: expected shards in the same folder, found {shard!r}")
+        weights |= read_tensors(path.parent / shard, "checkpoint")[0]
+    return weights
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
+        first = str(error).split("\n", 1)[0]
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise TicketfindError(
+                f"checkpoint {path}: it holds objects other than tensors, which ticketfind never unpickles;"
+                " where you trust it, save its tensors alone: torch.save(model.state_dict(), FILE)"
+            ) from error
+        raise TicketfindError(f"checkpoint {path}: expected a torch checkpoint; reading it failed: {first}") from error
+
+
+def _unwrap(found: Any) -> Mapping[str, Any]:
+    """The state dict inside the containers that training programs put around it."""
+    while isinstance(found, Mapping):
+        inner = next((found[key] for key in _CONTAINERS if isinstance(found.get(key), Mapping)), None)
+        if inner is None or any(isinstance(value, Tensor) for value in found.values()):
+            return found
+        found = inner
+    return {}
+
+
+def match(
+    weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, allow: Sequence[str], path: Path
+) -> dict[str, Tensor]:
+    """The entries of `weights` for `wanted` (the model's state), renamed, in the model's dtypes.
+
+    Prefixes that wrappers put before every name are taken off. Entries that are missing, unexpected or of another
+    shape are an error unless they match a glob in `allow`; those are left out, and keep the model's own start.
+    """
+    weights = _without_prefixes(weights, wanted)
+    faults = []
+    for kind, names in {
+        "missing": [name for name in wanted if name not in weights],
+        "unexpected": [name for name in weights if name not in wanted],
+    }.items():
+        names = [name for name in names if not matches(name, allow)]
+        if names:
+            faults.append(f"{kind}: {_listed(names)}")
+    shapes = [
+        f"{name} {tuple(wanted[name].shape)} in the model, {tuple(weights[name].shape)} in the file"
+        for name in wanted
+        if name in weights and weights[name].shape != wanted[name].shape and not matches(name, allow)
+    ]
+    if shapes:
+        faults.append(f"other shape: {_listed(shapes)}")
+    if faults:
+        raise TicketfindError(
+            f"checkpoint {path}: does not fit the model; {'; '.join(faults)} (--allow-mismatch GLOB accepts entries)"
+        )
+    return {
+        name: weights[name].to(wanted[name].dtype)
+        for name in wanted
+        if name in weights and weights[name].shape == wanted[name].shape
+    }
+
+
+def _without_prefixes(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take a wrapper's prefix off where every name has it and the model's names have not, as often as that is so."""
+    stripped = dict(weights)
+    while True:
+        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in stripped)), None)
+        if prefix is None or any(name.startswith(prefix) for name in wanted):
+            return stripped
+        stripped = {name.removeprefix(prefix): value for name, value in stripped.items()}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

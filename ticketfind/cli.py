@@ -1,0 +1,430 @@
+"""The commands: parse, call, show. What they compute is elsewhere."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import click
+import typer
+
+from ticketfind import TicketfindError, __version__, options
+
+if TYPE_CHECKING:
+    from ticketfind.recipe import Recipe
+    from ticketfind.rundir import RunDir
+    from ticketfind.terminal import Screen
+    from ticketfind.ticket import Ticket
+
+app = typer.Typer(
+    name="ticketfind",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"ticketfind {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: options.Debug = False,
+) -> None:
+    """Finds lottery tickets (sparse subnetworks that train as well as the whole) in any PyTorch model."""
+
+
+# ------------------------------------------------------------------------------------------------ search
+
+
+@app.command()
+def search(
+    recipe: options.RecipeArg = None,
+    model: options.Model = None,
+    model_arg: options.ModelArg = None,
+    checkpoint: options.Checkpoint = None,
+    allow_mismatch: options.AllowMismatch = None,
+    data: options.Data = None,
+    data_arg: options.DataArg = None,
+    loss: options.Loss = None,
+    metric: options.Metric = None,
+    prune: options.Prune = None,
+    rounds: options.Rounds = None,
+    until: options.Until = None,
+    rewind: options.Rewind = None,
+    scope: options.Scope = None,
+    score: options.Score = None,
+    prune_only: options.Only = None,
+    skip: options.Skip = None,
+    iterations: options.Iterations = None,
+    epochs: options.Epochs = None,
+    batch_size: options.BatchSize = None,
+    lr: options.LearningRate = None,
+    optimizer: options.Optimizer = None,
+    replicates: options.Replicates = None,
+    seed: options.Seed = None,
+    tolerance: options.Tolerance = None,
+    device: options.Device = None,
+    engine: options.Engine = None,
+    setting: options.Setting = None,
+    out: options.RunOut = None,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Find a ticket: train, prune, rewind, again; the winner goes to runs/NAME/ticket.safetensors.
+
+    The same command, started again, goes on where an interrupted search stopped.
+    """
+    from ticketfind import recipe as recipes
+    from ticketfind.terminal import Screen
+
+    if iterations is not None and epochs is not None:
+        raise typer.BadParameter("give --iterations or --epochs, not both")
+    flags = {
+        "model.spec": model,
+        "model.args": _pairs(model_arg, "--model-arg"),
+        "model.checkpoint": checkpoint,
+        "model.allow_mismatch": allow_mismatch,
+        "data.spec": data,
+        "data.args": _pairs(data_arg, "--data-arg"),
+        "train.loss": loss,
+        "train.metric": metric,
+        "train.iterations": f"{epochs:g}ep" if epochs is not None else iterations,
+        "train.batch_size": batch_size,
+        "train.lr": lr,
+        "train.optimizer": optimizer,
+        "prune.fraction": _fractions(prune),
+        "prune.until": None if until is None else recipes.parse_value(until),
+        "prune.rewind": rewind,
+        "prune.scope": scope,
+        "prune.score": score,
+        "prune.only": prune_only,
+        "prune.skip": skip,
+        "run.replicates": replicates,
+        "run.seed": seed,
+        "run.tolerance": tolerance,
+        "run.device": device,
+        "run.engine": engine,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    if rounds is not None or until is not None:
+        given["prune.rounds"] = rounds
+    given |= _pairs(setting, "--set") or {}
+    layers = [*recipes.base_layers(recipe, model, data), recipes.nested(given)]
+    _search(recipes.from_layers(*layers), out, dry_run, Screen(as_json=as_json, quiet=quiet))
+
+
+def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") -> None:
+    began = time.monotonic()
+    from ticketfind import assemble, rundir, terminal, views
+    from ticketfind import search as searching
+
+    recipe, task = assemble.assemble(asked)
+    score = assemble.score_function(recipe)
+    if dry_run:
+        return views.show_plan(screen, recipe, searching.make_plan(recipe, task.model))
+    run = rundir.claim(recipe, out)
+    if run.is_finished:
+        screen.message(f"{run.path}: this search is finished; its result:")
+        rounds = searching.finished_rounds(run)
+        views.show_rounds(screen, rounds)
+    else:
+        doing = "goes on with" if run.recipe_file.exists() else "searches"
+        replicates = views.plural(recipe.run.replicates, "replicate")
+        screen.message(f"{run.path}: {doing} {recipe.model.spec} on {recipe.data.spec}, {replicates}, {task.device}")
+        with _resumable(run, screen), terminal.SearchWatch(screen) as watch:
+            rounds = searching.search(recipe, task, run, score, watch)
+    views.show_search(screen, run, rounds, time.monotonic() - began)
+
+
+@contextmanager
+def _resumable(run: "RunDir", screen: "Screen") -> Iterator[None]:
+    """Ctrl-C and SIGTERM end a search with a word on how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        screen.message(f"stopped; finished trainings are kept in {run.path}; the same command goes on from there")
+        sys.exit(_stop_code(stop))
+
+
+# -------------------------------------------------------------------------------------------------- eval
+
+
+@app.command("eval")
+def evaluate(
+    target: options.TicketOrRun = None,
+    noise: options.Noise = None,
+    trials: options.Trials = 5,
+    round: options.Round = None,
+    model: options.Model = None,
+    model_arg: options.ModelArg = None,
+    data: options.Data = None,
+    data_arg: options.DataArg = None,
+    trust: options.Trust = False,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    engine: options.Engine = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Train the ticket, its noisy twins and its controls (dense, reinit, random) alike, and compare.
+
+    A ticket file is enough: its recipe is inside it.
+    """
+    began = time.monotonic()
+    from ticketfind import assemble, experiments, files, recipe, terminal, views
+    from ticketfind import search as searching
+    from ticketfind.ticket import load_ticket
+
+    screen = terminal.Screen(as_json=as_json, quiet=quiet)
+    run = _run_at(target)
+    tickets = [load_ticket(str(target))] if run is None else searching.tickets(run, round)
+    count = trials if run is None else len(tickets)
+    changes = {
+        "model.spec": model,
+        "model.args": _pairs(model_arg, "--model-arg"),
+        "data.spec": data,
+        "data.args": _pairs(data_arg, "--data-arg"),
+        "run.seed": seed,
+        "run.device": device,
+        "run.engine": engine,
+    }
+    given = {key: value for key, value in changes.items() if value is not None}
+    own = recipe.from_layers(tickets[0].about.recipe, where=str(target or "recipe"))
+    asked = recipe.from_layers(assemble.for_ticket(own).plain(), recipe.nested(given))
+    if run is None and not trust:
+        _refuse_code(asked, given, target)
+    levels = sorted(set(noise or []))
+    arms = experiments.arm_count(count, levels)
+    resolved, task = assemble.assemble(asked, arms=arms)
+    with terminal.Progress(screen, "training") as progress:
+        progress.begin(arms * int(resolved.train.iterations), 0)
+        found = experiments.evaluate(
+            tickets,
+            task,
+            resolved.train,
+            seeds=range(resolved.run.seed, resolved.run.seed + count),
+            way=resolved.run.engine,
+            noise=levels,
+            tolerance=resolved.run.tolerance,
+            tick=progress.tick,
+        )
+    described = views.evaluation_json(found, str(target or (run and run.path)), time.monotonic() - began)
+    if run is not None:
+        name = f"{tickets[0].about.round:02}-{time.strftime('%Y%m%dT%H%M%S')}"
+        files.write_text(run.eval_file(name), terminal.dump(described))
+    views.show_evaluation(screen, found, described)
+
+
+def _refuse_code(asked: "Recipe", given: dict[str, Any], target: Path | None) -> None:
+    """Raise TicketfindError where a ticket file, rather than the user, names code to import."""
+    named = [f"{key}: {spec}" for key, spec in asked.code_specs(score=False).items() if key not in given]
+    if named:
+        raise TicketfindError(
+            f"{target}: names code ({', '.join(named)}), which is not imported from a file alone;"
+            " give --model and --data yourself, or --trust where you know the file"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ export
+
+
+@app.command()
+def export(
+    source: options.TicketOrRun = None,
+    round: options.Round = None,
+    replicate: options.Replicate = None,
+    format: options.Format = options.ExportFormat.ticket,
+    out: options.ExportOut = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write a ticket as one safetensors file: mask and initial weights, not trained ones."""
+    from ticketfind import terminal, ticket, views
+
+    screen = terminal.Screen(as_json=as_json, quiet=quiet)
+    found, name = _ticket_at(source, round, replicate)
+    path = out or Path(f"{name}-{format.value}.safetensors")
+    ticket.write_as(found, path, format.value, force=force)
+    views.show_export(screen, found, path, format.value)
+
+
+# -------------------------------------------------------------------------------------------------- diff
+
+
+@app.command()
+def diff(
+    a: options.SideA,
+    b: options.SideB,
+    round: options.Round = None,
+    replicate: options.Replicate = None,
+    exit_code: options.ExitCode = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Show how much two masks agree, against chance, and whether the initial weights are the same."""
+    from ticketfind import experiments, terminal, views
+
+    screen = terminal.Screen(as_json=as_json, quiet=quiet)
+    try:
+        found = experiments.difference(_ticket_at(a, round, replicate)[0], _ticket_at(b, round, replicate)[0])
+    except TicketfindError as error:
+        if exit_code:
+            _fail(error, 2)
+        raise
+    views.show_difference(screen, found)
+    if exit_code and not (found.same_masks and found.same_init):
+        raise typer.Exit(1)
+
+
+# ----------------------------------------------------------------------------------------------- inspect
+
+
+@app.command()
+def inspect(
+    target: options.Anything = None,
+    model_arg: options.ModelArg = None,
+    data: options.Data = None,
+    data_arg: options.DataArg = None,
+    prune_only: options.Only = None,
+    skip: options.Skip = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Show what is in a ticket or a run, or which parameters of a model can be pruned, and why not the rest."""
+    from ticketfind import results, terminal, views
+
+    screen = terminal.Screen(as_json=as_json, quiet=quiet)
+    path = None if target is None else Path(target)
+    if target is None or path is None or path.is_dir():
+        run = _run_at(path)
+        assert run is not None
+        recipe = run.recipe()
+        rounds = results.rounds_of(run.log(), replicates=recipe.run.replicates, given_tolerance=recipe.run.tolerance)
+        views.show_run(screen, run, recipe, rounds)
+    elif path.is_file() or path.suffix == ".safetensors":
+        from ticketfind.ticket import load_ticket
+
+        views.show_ticket(screen, load_ticket(path), path)
+    else:
+        from ticketfind import assemble, masks
+
+        model_args, data_args = _pairs(model_arg, "--model-arg") or {}, _pairs(data_arg, "--data-arg") or {}
+        model = assemble.model_alone(target, model_args, data, data_args)
+        views.show_candidates(screen, target, masks.candidates(model, only=prune_only or (), skip=skip or ()))
+
+
+# ------------------------------------------------------------------------------------------------ shared
+
+
+def _pairs(texts: list[str] | None, flag: str) -> dict[str, Any] | None:
+    """KEY=VALUE texts as a dict, the values read as YAML; None for none."""
+    if not texts:
+        return None
+    from ticketfind.recipe import parse_value
+
+    pairs = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"{flag}: expected KEY=VALUE, found {text!r}")
+        pairs[key] = parse_value(value)
+    return pairs
+
+
+def _fractions(texts: list[str] | None) -> Any:
+    """``0.2`` or ``*=0.2 fc3.*=0.1`` as a recipe has it."""
+    from ticketfind.recipe import parse_value
+
+    if not texts:
+        return None
+    if len(texts) == 1 and "=" not in texts[0]:
+        return parse_value(texts[0])
+    pairs = [text.rpartition("=") for text in texts]
+    return {glob or "*": parse_value(value) for glob, _, value in pairs}
+
+
+def _run_at(path: Path | None) -> "RunDir | None":
+    """The run at `path`, the latest for None; None where `path` is a file."""
+    from ticketfind import rundir
+
+    if path is None:
+        return rundir.latest()
+    if path.is_dir():
+        run = rundir.RunDir(path)
+        run.recipe()
+        return run
+    if not path.exists():
+        raise TicketfindError(f"{path}: expected a ticket file or a run directory, found nothing of that name")
+    return None
+
+
+def _ticket_at(path: Path | None, round: int | None, replicate: int | None) -> "tuple[Ticket, str]":
+    """The ticket in a file or of a run, and a name for what is made of it."""
+    from ticketfind import search as searching
+    from ticketfind.ticket import load_ticket
+
+    run = _run_at(path)
+    if run is not None:
+        chosen = searching.chosen_round(run, round)
+        best = chosen.best_replicate if replicate is None else replicate
+        return searching.load(run, chosen.round, best), run.path.name
+    assert path is not None
+    if round is not None or replicate is not None:
+        raise TicketfindError(f"{path}: is one ticket; --round and --replicate are for run directories")
+    return load_ticket(path), path.stem
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise _Terminated
+
+
+def _stop_code(stop: BaseException) -> int:
+    return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
+
+
+def _fail(error: TicketfindError, code: int) -> NoReturn:
+    from ticketfind import terminal
+
+    if "--debug" in sys.argv:
+        raise error
+    terminal.error(str(error))
+    sys.exit(code)
+
+
+def main() -> None:
+    """The console script: errors become one line each, exit code 1; usage and recipe errors 2."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt) as stop:
+        sys.exit(_stop_code(stop.__cause__ or stop))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except TicketfindError as error:
+        from ticketfind.recipe import RecipeError
+
+        _fail(error, 2 if isinstance(error, RecipeError) else 1)

@@ -1,0 +1,301 @@
+"""Training steps, and how several arms share a device. The only file that knows about devices.
+
+Knows no epochs, rounds, files or data-set names.
+"""
+
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from ticketfind import TicketfindError
+from ticketfind.data import Split
+from ticketfind.masks import Masks, masked
+from ticketfind.recipe import Train
+
+T = TypeVar("T")
+Tick = Callable[[int], None]
+"""Called with the number of iterations done since the last call."""
+LossFn = Callable[[Tensor, Tensor], Tensor]
+"""(outputs [b, ...], targets [b, ...]) -> mean over the batch, a scalar."""
+
+SMALL_MODEL = 1_000_000
+"""Parameters up to which one core is enough for a training step (docs/performance.md has the measurement)."""
+
+PROCESSES_PER_CORE = 4
+"""Small trainings under way at once, for each CPU core."""
+
+
+class Diverged(TicketfindError):
+    """The loss is no longer a finite number."""
+
+    def __init__(self, iteration: int) -> None:
+        super().__init__(iteration)
+        self.iteration = iteration
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a recipe's `run.device`; auto: CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).split("\n", 1)[0]
+        raise TicketfindError(f"run.device: expected a device that works here, found {name!r}: {first}") from error
+    return device
+
+
+# -------------------------------------------------------------------------------------- one arm, step by step
+
+
+def learning_rate(how: Train, iteration: int) -> float:
+    """The learning rate of an iteration (from 0): linear warmup, then the schedule."""
+    warmup, total = int(how.warmup), int(how.iterations)
+    if iteration < warmup:
+        return how.lr * (iteration + 1) / warmup
+    if how.schedule == "cosine":
+        return how.lr * 0.5 * (1 + math.cos(math.pi * (iteration - warmup) / max(1, total - warmup)))
+    return float(how.lr * 0.1 ** sum(iteration >= int(milestone) for milestone in how.milestones))
+
+
+class _Optimizer:
+    """PyTorch's own update rules, called as functions on lists of tensors.
+
+    As ``torch.optim``'s classes do, but without their bookkeeping, which costs a small network a fifth of its step
+    (and a second at start-up). A parameter without a gradient is left alone, as there.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], how: Train) -> None:
+        self._parameters = parameters
+        self._how = how
+        self._first: list[Tensor | None] = [None] * len(parameters)
+        self._second: list[Tensor] = []
+        self._steps: list[Tensor] = []
+        if how.optimizer != "sgd":
+            self._first = [torch.zeros_like(p) for p in parameters]
+            self._second = [torch.zeros_like(p) for p in parameters]
+            self._steps = [torch.zeros((), device=p.device) for p in parameters]
+
+    def step(self, grads: Sequence[Tensor | None], lr: float) -> None:
+        live = [i for i, grad in enumerate(grads) if grad is not None]
+        whole = len(live) == len(grads)
+
+        def pick(values: Sequence[T]) -> list[T]:
+            return list(values) if whole else [values[i] for i in live]
+
+        parameters, gradients, first = (
+            pick(self._parameters),
+            [g for g in grads if g is not None],
+            pick(self._first),
+        )
+        decay = self._how.weight_decay
+        if self._how.optimizer == "sgd":
+            sgd(
+                parameters, gradients, first, fused=True, weight_decay=decay, momentum=self._how.momentum, lr=lr,
+                dampening=0.0, nesterov=False, maximize=False,
+            )  # fmt: skip
+            for i, momentum in zip(live, first, strict=True):
+                self._first[i] = momentum
+            return
+        update = adamw if self._how.optimizer == "adamw" else adam
+        update(
+            parameters, gradients, first, pick(self._second), [], pick(self._steps), fused=True, amsgrad=False,  # type: ignore[arg-type]
+            beta1=0.9, beta2=0.999, lr=lr, weight_decay=decay, eps=1e-8, maximize=False,
+        )  # fmt: skip
+
+
+class Lane:
+    """One arm's training under way. Pruned weights are exactly zero at all times."""
+
+    def __init__(
+        self, model: nn.Module, start: Mapping[str, Tensor], masks: Masks, how: Train, loss: LossFn, seed: int
+    ) -> None:
+        """Put `start` under `masks` into `model`, which the lane owns from here on; fresh optimizer state."""
+        torch.manual_seed(seed)
+        self._model, self._how, self._loss = model, how, loss
+        state = model.state_dict()
+        with torch.no_grad():
+            for name, value in masked(start, masks).items():
+                state[name].copy_(value)
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._leaves = list(named.values())
+        self._weights = [p.detach() for p in self._leaves]
+        pruning = {name: mask for name, mask in masks.items() if name in named and not bool(mask.all())}
+        self._pruned = [i for i, name in enumerate(named) if name in pruning]
+        self._pruned_weights = [self._weights[i] for i in self._pruned]
+        self._keep = [pruning[name].to(device=p.device, dtype=p.dtype) for name, p in named.items() if name in pruning]
+        self._optimizer = _Optimizer(self._weights, how)
+
+    def advance(self, batches: Iterable[tuple[Tensor, Tensor]], first: int, tick: Tick) -> list[float]:
+        """Train on `batches`, the first of which is iteration `first`; the losses, fetched once at the end.
+
+        Raises Diverged at the first loss that is not finite.
+        """
+        self._model.train()
+        losses = []
+        iteration = first
+        for inputs, targets in batches:
+            loss = self._loss(self._model(inputs), targets)
+            grads: Sequence[Tensor | None] = torch.autograd.grad(loss, self._leaves, allow_unused=True)
+            for i, keep in zip(self._pruned, self._keep, strict=True):
+                if (gradient := grads[i]) is not None:
+                    gradient.mul_(keep)
+            self._optimizer.step(grads, learning_rate(self._how, iteration))
+            for weight, keep in zip(self._pruned_weights, self._keep, strict=True):
+                weight.mul_(keep)
+            losses.append(loss.detach())
+            iteration += 1
+            tick(1)
+        values: list[float] = torch.stack(losses).tolist()
+        for offset, value in enumerate(values):
+            if not math.isfinite(value):
+                raise Diverged(first + offset)
+        return values
+
+    @torch.no_grad()
+    def measure(self, split: Split, functions: Sequence[LossFn], batch_size: int) -> list[float]:
+        """The mean of each function over a split, in evaluation mode; fetched from the device once."""
+        self._model.eval()
+        sums = torch.zeros(len(functions), dtype=torch.float64, device=split.inputs.device)
+        per_example = max(1, math.prod(split.inputs.shape[1:]))
+        size = max(batch_size, 2**20 // per_example)
+        for start in range(0, len(split), size):
+            targets = split.targets[start : start + size]
+            outputs = self._model(split.inputs[start : start + size])
+            sums += len(targets) * torch.stack([f(outputs, targets).double() for f in functions])
+        means: list[float] = (sums / len(split)).tolist()
+        return means
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of every parameter and buffer."""
+        return {k: v.detach().clone() for k, v in self._model.state_dict().items() if isinstance(v, Tensor)}
+
+
+# --------------------------------------------------------------------------------- several arms on a device
+
+
+def choose(requested: str, device: torch.device, *, arms: int, parameters: int) -> str:
+    """The way that `arms` trainings share `device`: "eager", one after another, or "processes", side by side.
+
+    auto: side by side for small models (up to SMALL_MODEL parameters) on a CPU with several cores, where a training
+    step has no work for a second core. Raises TicketfindError where side by side is asked for and not possible.
+    """
+    possible = device.type == "cpu" and sys.platform == "linux" and cores() > 1
+    if requested == "processes" and not possible:
+        raise TicketfindError(f"run.engine: processes needs Linux and several CPU cores, found device {device.type}")
+    if requested != "auto":
+        return requested
+    return "processes" if possible and arms > 1 and parameters <= SMALL_MODEL else "eager"
+
+
+def at_once(way: str, arms: int) -> int:
+    """How many of `arms` trainings are in memory together."""
+    return min(arms, PROCESSES_PER_CORE * cores()) if way == "processes" else 1
+
+
+def each(way: str, count: int, train: Callable[[int, Tick], T], tick: Tick) -> Iterator[T]:
+    """``train(i, tick)`` for i from 0 to count - 1, in this order, by the way that `choose` named."""
+    if way == "processes":
+        yield from _side_by_side(count, train, tick)
+    else:
+        for index in range(count):
+            yield train(index, tick)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _side_by_side(count: int, train: Callable[[int, Tick], T], tick: Tick) -> Iterator[T]:
+    """Each training in a forked process with one thread; results in order.
+
+    One thread each, so that the numbers do not depend on how many cores there are; more processes than cores, so
+    that five replicates keep two cores busy to the end.
+    """
+    context = multiprocessing.get_context("fork")
+    running: dict[Connection, tuple[int, multiprocessing.context.ForkProcess]] = {}
+    done: dict[int, T] = {}
+    started = delivered = 0
+    try:
+        while delivered < count:
+            while started < count and len(running) < at_once("processes", count):
+                receiving, sending = context.Pipe(duplex=False)
+                process = context.Process(target=_child, args=(sending, train, started, os.getpid()), daemon=True)
+                with warnings.catch_warnings():  # Python >= 3.12 warns of forks beside threads; the child uses one
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    process.start()
+                sending.close()
+                running[receiving] = (started, process)
+                started += 1
+            tick(0)
+            for connection in wait(list(running), timeout=0.2):
+                assert isinstance(connection, Connection)
+                index, process = running[connection]
+                try:
+                    kind, value = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    process.join()
+                    raise TicketfindError(
+                        f"a training process was killed (exit code {process.exitcode});"
+                        " where memory ran short, use --engine eager"
+                    ) from None
+                if kind == "tick":
+                    tick(value)
+                    continue
+                if kind == "error":
+                    raise value
+                done[index] = value
+                del running[connection]
+                connection.close()
+                process.join()
+            while delivered in done:
+                yield done.pop(delivered)
+                delivered += 1
+    finally:
+        for connection, (_, process) in running.items():
+            process.kill()
+            process.join()
+            connection.close()
+
+
+def _child(sending: Connection, train: Callable[[int, Tick], T], index: int, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    pending, last = 0, time.monotonic()
+
+    def tick(iterations: int) -> None:
+        nonlocal pending, last
+        pending += iterations
+        now = time.monotonic()
+        if now - last > 0.1:
+            if os.getppid() != parent:
+                os._exit(1)
+            sending.send_bytes(pickle.dumps(("tick", pending)))
+            pending, last = 0, now
+
+    try:
+        result = train(index, tick)
+        sending.send_bytes(pickle.dumps(("tick", pending)))
+        sending.send_bytes(pickle.dumps(("done", result)))
+    except BaseException as error:
+        try:
+            sending.send_bytes(pickle.dumps(("error", error)))
+        except Exception:
+            sending.send_bytes(pickle.dumps(("error", RuntimeError(f"{type(error).__name__}: {error}"))))

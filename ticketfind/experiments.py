@@ -1,0 +1,187 @@
+"""One function per question asked of a ticket; each returns a plain dataclass."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ticketfind import TicketfindError, masks, results
+from ticketfind.engine import Tick
+from ticketfind.recipe import Train
+from ticketfind.results import Stats
+from ticketfind.ticket import Ticket
+from ticketfind.train import Arm, State, Task, derived_seed, fit
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A ticket beside the dense network, its noisy twins and its controls, all trained alike."""
+
+    remaining: float
+    """Weights remaining, a fraction."""
+    arms: dict[str, Stats]
+    """dense, ticket, noise=S, reinit, random, as far as they could be trained."""
+    verdict: str
+    """Begins with: winning, matching but not special, not matching, or inconclusive."""
+    notes: tuple[str, ...]
+    """What was left out, and why."""
+
+
+def evaluate(
+    tickets: Sequence[Ticket],
+    task: Task,
+    how: Train,
+    *,
+    seeds: Sequence[int],
+    way: str,
+    noise: Sequence[float] = (),
+    tolerance: float | None = None,
+    tick: Tick = lambda n: None,
+) -> Evaluation:
+    """Train `tickets`, dense, noisy and control arms, one of each for every seed, in one `fit`; compare.
+
+    tickets: one per seed, or one for all seeds. noise: levels s; each initial weight gets Gaussian noise of standard
+    deviation s * sigma, sigma that of its layer's initialisation (the paper's appendix F.7), and is trained.
+    Raises TicketfindError where the ticket does not fit the task's model.
+    """
+    tickets = [*tickets] if len(tickets) > 1 else [*tickets] * len(seeds)
+    arms, notes = _arms(tickets, task, seeds, noise)
+    measured: dict[str, list[results.Measured]] = {}
+    trained = fit([arm for _, arm in arms], task, how, way=way, tick=tick)
+    for (kind, _), (_, outcome) in zip(arms, trained, strict=True):
+        measured.setdefault(kind, []).append(outcome.measured)
+    stats = {name: Stats.of(found) for name, found in measured.items()}
+    return Evaluation(
+        remaining=tickets[0].remaining,
+        arms=stats,
+        verdict=verdict(stats, tickets[0].remaining, tolerance=tolerance, test_size=len(task.data.test)),
+        notes=tuple(notes),
+    )
+
+
+def arm_count(seeds: int, noise: Sequence[float]) -> int:
+    """Trainings of an evaluation, if none is left out."""
+    return seeds * (2 + len(noise) + len(CONTROLS))
+
+
+def _arms(
+    tickets: Sequence[Ticket], task: Task, seeds: Sequence[int], noise: Sequence[float]
+) -> tuple[list[tuple[str, Arm]], list[str]]:
+    """The arms, each with its kind (a key of `Evaluation.arms`), and notes on those left out."""
+    tickets[0].check_fits(task.model)
+    notes = []
+    whole = tickets[0].complete
+    if not whole:
+        notes.append("dense and random are left out: a compact ticket no longer holds the pruned initial weights")
+    reinit = _depends_on_seed(task, tickets[0])
+    if not reinit:
+        notes.append("reinit is left out: the model's factory gives the same weights whatever the seed")
+    arms: list[tuple[str, Arm]] = []
+
+    def add(kind: str, seed: int, start: State, mask: masks.Masks, first: int) -> None:
+        arms.append((kind, Arm(f"{kind}, seed {seed}", start, mask, seed, first)))
+
+    pairs = list(zip(tickets, seeds, strict=True))
+    for ticket, seed in pairs if whole else ():
+        add("dense", seed, ticket.init, {}, ticket.about.iteration)
+    for ticket, seed in pairs:
+        add("ticket", seed, ticket.init, ticket.masks, ticket.about.iteration)
+    for level in noise:
+        for ticket, seed in pairs:
+            add(f"noise={level:g}", seed, noisy(ticket, level, seed), ticket.masks, ticket.about.iteration)
+    for ticket, seed in pairs if reinit else ():
+        add("reinit", seed, task.fresh(derived_seed(seed, "reinit")), ticket.masks, 0)
+    for ticket, seed in pairs if whole else ():
+        drawn = masks.random_like(ticket.masks, seed=derived_seed(seed, "random"))
+        add("random", seed, ticket.init, drawn, ticket.about.iteration)
+    return arms, notes
+
+
+def _depends_on_seed(task: Task, ticket: Ticket) -> bool:
+    one, other = task.fresh(0), task.fresh(1)
+    return any(not torch.equal(one[name], other[name]) for name in ticket.masks)
+
+
+def noisy(ticket: Ticket, level: float, seed: int) -> State:
+    """The ticket's initial weights plus Gaussian noise of `level` times sigma (the paper's appendix F.7).
+
+    Only masked parameters are disturbed. The same seed draws the same direction for every level.
+    """
+    generator = torch.Generator().manual_seed(derived_seed(seed, "noise"))
+    state = dict(ticket.init)
+    for name in ticket.masks:
+        draw = torch.randn(state[name].shape, generator=generator)
+        sigma = ticket.about.sigma.get(name)
+        if not isinstance(sigma, (int, float)):
+            raise TicketfindError(f"ticket metadata sigma: expected a number for {name}, found {sigma!r}")
+        state[name] = state[name] + (level * sigma * draw).to(state[name].dtype)
+    return state
+
+
+CONTROLS = ("reinit", "random")
+
+
+def verdict(arms: dict[str, Stats], remaining: float, *, tolerance: float | None, test_size: int) -> str:
+    """What the figures say, in words.
+
+    The ticket matches where its mean test accuracy at early stop is at most the tolerance below the dense mean. It
+    beats a control where the difference of means exceeds two standard errors of the difference (Welch).
+    """
+    ticket, dense = arms["ticket"], arms.get("dense")
+    share = f"{100 * remaining:.3g} % of the weights"
+    if dense is None:
+        return "inconclusive: without the dense network there is nothing to match"
+    figures = f"{share} reach {_percent(ticket)}, the dense network {_percent(dense)}"
+    if not results.is_matching(ticket, dense, results.tolerance(dense, tolerance, test_size)):
+        return f"not matching: {figures}"
+    if ticket.replicates < 2:
+        return f"inconclusive: {figures}, in a single trial; give more replicates or --trials"
+    missing = [name for name in CONTROLS if name not in arms]
+    if missing:
+        return f"inconclusive: {figures}; not compared with {' and '.join(missing)}"
+    controls = ", ".join(f"{name} {_percent(arms[name])}" for name in CONTROLS)
+    beaten = [name for name in CONTROLS if _clearly_above(ticket, arms[name])]
+    if len(beaten) == len(CONTROLS):
+        return f"winning: {figures}; the controls stay below ({controls})"
+    equal = [
+        name
+        for name in CONTROLS
+        if results.is_matching(arms[name], dense, results.tolerance(dense, tolerance, test_size))
+    ]
+    if equal:
+        return f"matching but not special: {figures}; so does {' and '.join(equal)} ({controls})"
+    return f"inconclusive: {figures}; the controls are not clearly below ({controls})"
+
+
+def _clearly_above(a: Stats, b: Stats) -> bool:
+    variance = sum((s.accuracy_early.sd or 0.0) ** 2 / s.replicates for s in (a, b))
+    return a.accuracy_early.mean - b.accuracy_early.mean > 2 * math.sqrt(variance)
+
+
+def _percent(stats: Stats) -> str:
+    early = stats.accuracy_early
+    return f"{100 * early.mean:.2f}" + (f" ± {100 * early.sd:.2f} %" if early.sd is not None else " %")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much two tickets agree."""
+
+    same_masks: bool
+    same_init: bool
+    """Every initial weight and buffer equal, bit for bit."""
+    tensors: dict[str, masks.Overlap]
+
+    @property
+    def total(self) -> masks.Overlap:
+        """All tensors as one."""
+        return masks.total(self.tensors.values())
+
+
+def difference(a: Ticket, b: Ticket) -> Difference:
+    """Compare two tickets. Raises TicketfindError where they are of different networks."""
+    overlaps = masks.compare(a.masks, b.masks)
+    same_init = a.init.keys() == b.init.keys() and all(torch.equal(a.init[name], b.init[name]) for name in a.init)
+    same_masks = all(torch.equal(a.masks[name], b.masks[name]) for name in a.masks)
+    return Difference(same_masks, same_init, overlaps)

@@ -1,0 +1,353 @@
+"""Masks: which weights are kept. Pure functions over ``dict[str, Tensor]``; nothing here knows a file or a training.
+
+A mask is a bool tensor of its parameter's shape, True = kept.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from ticketfind import TicketfindError
+
+Masks = dict[str, Tensor]
+"""Parameter name -> bool tensor of its shape, True = kept."""
+Weights = Mapping[str, Tensor]
+ScoreFn = Callable[[Weights, Weights], Weights]
+"""(trained, initial) -> scores, dicts of tensors of equal shapes; the highest scores are kept."""
+
+
+# ---------------------------------------------------------------------------------- what can be pruned
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A parameter, and whether it is pruned and why (or why not)."""
+
+    name: str
+    shape: tuple[int, ...]
+    pruned: bool
+    reason: str
+
+
+_PRUNED_LAYERS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Bilinear,
+)
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def candidates(model: nn.Module, *, only: Sequence[str] = (), skip: Sequence[str] = ()) -> list[Candidate]:
+    """Every parameter of `model` once (tied ones under their first name), in the model's order.
+
+    only, skip: globs over parameter names. Raises TicketfindError for a glob that matches no parameter.
+    """
+    owners = {id(p): (module, name) for module in model.modules() for name, p in module.named_parameters(recurse=False)}
+    parameters = dict(model.named_parameters())
+    for glob in (*only, *skip):
+        _check_glob(glob, parameters, "prune.only" if glob in only else "prune.skip")
+    found = []
+    for name, parameter in parameters.items():
+        pruned, reason = _judge(*owners[id(parameter)])
+        if only:
+            pruned, reason = (
+                matches(name, only),
+                "matches prune.only" if matches(name, only) else "not in prune.only",
+            )
+        if matches(name, skip):
+            pruned, reason = False, "matches prune.skip"
+        found.append(Candidate(name, tuple(parameter.shape), pruned, reason))
+    return found
+
+
+def _judge(module: nn.Module, attribute: str) -> tuple[bool, str]:
+    layer = type(module).__name__
+    if attribute == "bias" or attribute.endswith("_bias"):
+        return False, "bias"
+    if isinstance(module, _PRUNED_LAYERS) and attribute == "weight":
+        return True, f"{layer} weight"
+    if isinstance(module, nn.MultiheadAttention) and attribute in _ATTENTION_WEIGHTS:
+        return True, "attention weight"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return False, "embedding"
+    if "norm" in layer.lower():
+        return False, "normalization"
+    return False, f"{layer}.{attribute} is not a Linear, Conv or attention weight"
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Tied parameters: further name -> the name under which the parameter is pruned."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
+
+
+def matches(name: str, globs: Iterable[str]) -> bool:
+    """True if any of `globs` matches `name` (case matters)."""
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def _check_glob(glob: str, names: Iterable[str], key: str) -> None:
+    names = list(names)
+    if not any(fnmatchcase(name, glob) for name in names):
+        shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+        raise TicketfindError(f"{key}: {glob!r} matches no parameter; there are {shown}")
+
+
+# ---------------------------------------------------------------------------------------------- groups
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are ranked together, and the share of their remaining weights pruned each round."""
+
+    names: tuple[str, ...]
+    fraction: float
+
+
+def make_groups(names: Sequence[str], fractions: Mapping[str, float], scope: str) -> list[Group]:
+    """One group per tensor (scope "layer") or per glob (scope "global"); for each tensor the last glob that matches.
+
+    Tensors with fraction 0, or with no glob, are in no group: they stay whole.
+    Raises TicketfindError for a glob that matches none of `names`.
+    """
+    for glob in fractions:
+        if glob != "*":
+            _check_glob(glob, names, "prune.fraction")
+    members: dict[str, list[str]] = {}
+    for name in names:
+        matching = [glob for glob in fractions if fnmatchcase(name, glob)]
+        if matching and fractions[matching[-1]] > 0:
+            members.setdefault(matching[-1], []).append(name)
+    if scope == "global":
+        return [Group(tuple(inside), fractions[glob]) for glob, inside in members.items()]
+    by_name = {name: fractions[glob] for glob, inside in members.items() for name in inside}
+    return [Group((name,), by_name[name]) for name in names if name in by_name]
+
+
+def kept_after(remaining: int, fraction: float) -> int:
+    """Weights kept of `remaining`, exactly ``n - round(n * p)``."""
+    return remaining - round(remaining * fraction)
+
+
+def plan(sizes: Mapping[str, int], groups: Sequence[Group], rounds: int | None, until: float | None) -> list[int]:
+    """Weights kept in each round, round 0 (all of them) first; the counts are known before any training.
+
+    Stops after `rounds` prunings, or with the first round at or below the fraction `until`, or when no weight
+    would be pruned any more. sizes: weights in each prunable tensor.
+    """
+    total = sum(sizes.values())
+    left = [sum(sizes[name] for name in group.names) for group in groups]
+    whole = total - sum(left)
+    kept = [total]
+    while (rounds is None or len(kept) <= rounds) and (until is None or kept[-1] > until * total):
+        left = [kept_after(n, group.fraction) for n, group in zip(left, groups, strict=True)]
+        if whole + sum(left) == kept[-1]:
+            break
+        kept.append(whole + sum(left))
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------- scores
+
+
+def _magnitude(trained: Weights, initial: Weights) -> Weights:
+    """|w_final|, the paper's criterion (arXiv 1803.03635, section 2)."""
+    return {name: w.abs() for name, w in trained.items()}
+
+
+def _random(trained: Weights, initial: Weights) -> Weights:
+    return {name: torch.rand_like(w) for name, w in trained.items()}
+
+
+def _movement(trained: Weights, initial: Weights) -> Weights:
+    """|w_final - w_initial|: prunes what has changed least (arXiv 1905.01067, figure 3)."""
+    return {name: (w - initial[name]).abs() for name, w in trained.items()}
+
+
+def _magnitude_increase(trained: Weights, initial: Weights) -> Weights:
+    """|w_final| - |w_initial| (arXiv 1905.01067, figure 3)."""
+    return {name: w.abs() - initial[name].abs() for name, w in trained.items()}
+
+
+def _large_init(trained: Weights, initial: Weights) -> Weights:
+    """|w_initial| (arXiv 1905.01067, figure 3)."""
+    return {name: initial[name].abs() for name in trained}
+
+
+SCORES: dict[str, ScoreFn] = {
+    "magnitude": _magnitude,
+    "random": _random,
+    "movement": _movement,
+    "magnitude_increase": _magnitude_increase,
+    "large_init": _large_init,
+}
+
+
+def score(function: ScoreFn, trained: Weights, initial: Weights, *, seed: int) -> dict[str, Tensor]:
+    """The scores of `function`, checked; what it draws from torch's generators follows from `seed`.
+
+    Raises TicketfindError where a score is missing, wrongly shaped or not finite.
+    """
+    devices = {w.device.index or 0 for w in trained.values() if w.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(seed)
+        scores = function(trained, initial)
+    for name, w in trained.items():
+        found = scores.get(name)
+        if found is None or found.shape != w.shape:
+            shape = "nothing" if found is None else f"shape {tuple(found.shape)}"
+            raise TicketfindError(f"score of {name}: expected shape {tuple(w.shape)}, found {shape}")
+        if not bool(torch.isfinite(found).all()):
+            raise TicketfindError(f"score of {name}: expected finite numbers, found NaN or infinity")
+    return dict(scores)
+
+
+# --------------------------------------------------------------------------------------------- pruning
+
+
+def prune(masks: Masks, scores: Weights, groups: Sequence[Group]) -> Masks:
+    """New masks with exactly ``n - round(n * p)`` of each group's n remaining weights, the highest scores.
+
+    Ties go to the weight that comes first (tensors in the group's order, weights in row-major order), so that a
+    mask is a function of the scores alone. Masks only ever lose weights. Shapes: as the parameters'.
+    """
+    new = dict(masks)
+    for group in groups:
+        remaining = [scores[name][masks[name]] for name in group.names]
+        flat = torch.cat(remaining)
+        kept = keep_highest(flat, kept_after(flat.numel(), group.fraction))
+        for name, part in zip(group.names, torch.split(kept, [r.numel() for r in remaining]), strict=True):
+            mask = torch.zeros_like(masks[name])
+            mask[masks[name]] = part
+            new[name] = mask
+    return new
+
+
+def keep_highest(scores: Tensor, k: int) -> Tensor:
+    """Bool [n]: exactly k of the n scores, the highest, ties by index.
+
+    By selection: linear in n, and without the 16-million limit of `torch.quantile`.
+    """
+    n = scores.numel()
+    if k <= 0 or k >= n:
+        return torch.full((n,), k > 0, dtype=torch.bool, device=scores.device)
+    threshold = scores.kthvalue(n - k + 1).values
+    kept = scores > threshold
+    ties = scores == threshold
+    return kept | (ties & (ties.cumsum(0) <= k - kept.sum()))
+
+
+def dense(shapes: Mapping[str, Sequence[int]]) -> Masks:
+    """Masks that keep everything."""
+    return {name: torch.ones(tuple(shape), dtype=torch.bool) for name, shape in shapes.items()}
+
+
+def random_like(masks: Masks, *, seed: int) -> Masks:
+    """Random masks that keep as many weights of each tensor as `masks` do (the control of the paper's figure 4)."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {}
+    for name, mask in masks.items():
+        order = torch.randperm(mask.numel(), generator=generator)
+        flat = torch.zeros(mask.numel(), dtype=torch.bool)
+        flat[order[: int(mask.sum())]] = True
+        drawn[name] = flat.view(mask.shape)
+    return drawn
+
+
+def remaining(masks: Masks) -> float:
+    """Weights remaining, as a fraction of the prunable weights."""
+    return count(masks) / sum(mask.numel() for mask in masks.values())
+
+
+def count(masks: Masks) -> int:
+    """Weights kept, over all tensors."""
+    return sum(int(mask.sum()) for mask in masks.values())
+
+
+def nested(inner: Masks, outer: Masks) -> bool:
+    """True if `inner` keeps nothing that `outer` has pruned."""
+    return all(not bool((mask & ~outer[name]).any()) for name, mask in inner.items())
+
+
+def nonzero_outside(masks: Masks, weights: Weights) -> list[str]:
+    """Names of the tensors with a pruned weight that is not exactly zero."""
+    return [name for name, mask in masks.items() if bool((weights[name].to(mask.device)[~mask] != 0).any())]
+
+
+def masked(weights: Weights, masks: Masks) -> dict[str, Tensor]:
+    """`weights` with pruned ones set to zero; entries without a mask are passed through, not copied."""
+    zeroed = dict(weights)
+    for name, mask in masks.items():
+        weight = weights[name]
+        zeroed[name] = torch.where(mask.to(weight.device), weight, torch.zeros((), dtype=weight.dtype))
+    return zeroed
+
+
+# ------------------------------------------------------------------------------------------ comparison
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How much two masks agree. Counts of weights; `expected_*` are for independent masks of these densities."""
+
+    size: int
+    kept_a: int
+    kept_b: int
+    kept_both: int
+    expected_both: float
+
+    @property
+    def jaccard(self) -> float:
+        """Kept in both / kept in either; 1 where both keep nothing."""
+        either = self.kept_a + self.kept_b - self.kept_both
+        return self.kept_both / either if either else 1.0
+
+    @property
+    def jaccard_by_chance(self) -> float:
+        """The Jaccard index at the expected overlap of independent masks of the same densities."""
+        either = self.kept_a + self.kept_b - self.expected_both
+        return self.expected_both / either if either else 1.0
+
+    @property
+    def agreement(self) -> float:
+        """Cohen's kappa (Cohen 1960): 1 for equal masks, 0 for what chance gives, below 0 for less."""
+        same = self.size - self.kept_a - self.kept_b + 2 * self.kept_both
+        by_chance = self.size - self.kept_a - self.kept_b + 2 * self.expected_both
+        return 1.0 if by_chance == self.size else (same - by_chance) / (self.size - by_chance)
+
+
+def compare(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Overlap]:
+    """The overlap of each tensor. Raises TicketfindError where names or shapes differ."""
+    differing = sorted(set(a) ^ set(b))
+    if differing:
+        raise TicketfindError(f"masks of different networks: {', '.join(differing[:5])} only in one of them")
+    overlaps = {}
+    for name in a:
+        x, y = a[name], b[name]
+        if x.shape != y.shape:
+            raise TicketfindError(f"mask of {name}: shape {tuple(x.shape)} in one, {tuple(y.shape)} in the other")
+        kept_a, kept_b = int(x.sum()), int(y.sum())
+        expected = kept_a * kept_b / x.numel() if x.numel() else 0.0
+        overlaps[name] = Overlap(x.numel(), kept_a, kept_b, int((x & y).sum()), expected)
+    return overlaps
+
+
+def total(overlaps: Iterable[Overlap]) -> Overlap:
+    """All tensors as one; the overlap by chance is that of masks with these densities tensor by tensor."""
+    parts = list(overlaps)
+    return Overlap(
+        size=sum(part.size for part in parts),
+        kept_a=sum(part.kept_a for part in parts),
+        kept_b=sum(part.kept_b for part in parts),
+        kept_both=sum(part.kept_both for part in parts),
+        expected_both=sum(part.expected_both for part in parts),
+    )

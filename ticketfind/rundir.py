@@ -1,0 +1,184 @@
+"""The run directory: every path in it, the log, and what is done. No torch.
+
+runs/NAME/  recipe.yaml  log.jsonl  init/  masks/  ticket.safetensors  evals/   (docs/architecture.md has the whole)
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ticketfind import TicketfindError, files
+from ticketfind.recipe import Recipe, differences, from_layers, read_layer
+
+RUNS = Path("runs")
+LATEST = RUNS / "latest"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One run's folder. A file that exists in it is whole."""
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def ticket_file(self) -> Path:
+        """The winner, once the search is over and has found one."""
+        return self.path / "ticket.safetensors"
+
+    @property
+    def finished_file(self) -> Path:
+        """Its existence says that the search is over."""
+        return self.path / "finished"
+
+    def start_file(self, replicate: int, round: int | None = None) -> Path:
+        """Weights and buffers that a replicate's rounds start from; `round` where each has its own (rewind: lr)."""
+        return (
+            self.path
+            / "init"
+            / (f"{replicate}.safetensors" if round is None else f"{round:02}-{replicate}.safetensors")
+        )
+
+    def mask_file(self, round: int, replicate: int) -> Path:
+        """The masks that a round trains under."""
+        return self.path / "masks" / f"{round:02}-{replicate}.safetensors"
+
+    def eval_file(self, name: str) -> Path:
+        """What an evaluation found."""
+        return self.path / "evals" / f"{name}.json"
+
+    # ------------------------------------------------------------------------------------------- the log
+
+    def log(self) -> list[dict[str, Any]]:
+        """The finished (round, replicate) trainings; a torn last line counts as not written."""
+        file = self.path / "log.jsonl"
+        if not file.exists():
+            return []
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        entries = []
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                entry = None
+            if (
+                isinstance(entry, dict)
+                and isinstance(entry.get("round"), int)
+                and isinstance(entry.get("replicate"), int)
+            ):
+                entries.append(entry)
+            elif number < len(lines):
+                raise TicketfindError(
+                    f"{file}, line {number}: expected a JSON object of a finished training, found {line[:60]!r}"
+                )
+        return entries
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add one finished training to the log, on disk when this returns."""
+        file = self.path / "log.jsonl"
+        try:
+            _drop_torn_line(file)
+            with file.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(entry, allow_nan=False) + "\n")
+                log.flush()
+                os.fsync(log.fileno())
+        except OSError as error:
+            raise TicketfindError(f"{file}: cannot write: {error.strerror}") from error
+
+    def finish(self) -> None:
+        """Mark the search as over."""
+        files.write_text(self.finished_file, "")
+
+    @property
+    def is_finished(self) -> bool:
+        """True once every round is trained and the winner, if any, is written."""
+        return self.finished_file.exists()
+
+    def recipe(self) -> Recipe:
+        """The run's resolved recipe. Raises TicketfindError where there is none."""
+        if not self.recipe_file.is_file():
+            raise TicketfindError(f"{self.path}: expected a run directory, found no recipe.yaml in it")
+        return from_layers(read_layer(self.recipe_file), where=str(self.recipe_file))
+
+
+def _drop_torn_line(file: Path) -> None:
+    """Cut what a crash left after the last newline."""
+    if not file.exists():
+        return
+    raw = file.read_bytes()
+    if raw and not raw.endswith(b"\n"):
+        with file.open("r+b") as log:
+            log.truncate(raw.rfind(b"\n") + 1)
+
+
+def claim(recipe: Recipe, out: Path | None) -> RunDir:
+    """The directory for a search of this resolved recipe: `out`, else the first of runs/NAME, runs/NAME-2, ... that
+    is free or holds a run of an equal recipe (to go on with, or to print). Touches nothing.
+
+    Raises TicketfindError where `out` holds something else, naming the keys in which the recipes differ.
+    """
+    if out is not None:
+        run = RunDir(out)
+        if run.recipe_file.exists():
+            differing = list(differences(recipe, run.recipe()))
+            if differing:
+                raise TicketfindError(
+                    f"{out}: holds a run of another recipe ({'; '.join(differing)});"
+                    " give another --out, or the same settings"
+                )
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise TicketfindError(f"{out}: expected a run directory, an empty folder or nothing, found other files")
+        return run
+    for path in _names(RUNS / recipe.name):
+        run = RunDir(path)
+        if not path.exists():
+            return run
+        with suppress(TicketfindError):
+            if run.recipe_file.exists() and not list(differences(recipe, run.recipe())):
+                return run
+    raise AssertionError("endless")
+
+
+def _names(path: Path) -> Iterator[Path]:
+    yield path
+    number = 2
+    while True:
+        yield path.with_name(f"{path.name}-{number}")
+        number += 1
+
+
+def begin(run: RunDir, recipe: Recipe) -> None:
+    """Make the directory and write the recipe, if that is not done; point runs/latest to it."""
+    if not run.recipe_file.exists():
+        files.write_text(run.recipe_file, recipe.to_yaml())
+    with suppress(OSError):  # a file system without symbolic links: bare commands then ask for a run
+        RUNS.mkdir(exist_ok=True)
+        temporary = RUNS / f".latest-{os.getpid()}.tmp"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(os.path.relpath(run.path, RUNS))
+        temporary.replace(LATEST)
+
+
+def latest() -> RunDir:
+    """The newest run. Raises TicketfindError where there is none."""
+    if not (LATEST / "recipe.yaml").is_file():
+        raise TicketfindError("no run found (runs/latest); run ticketfind search first, or name a run or ticket")
+    return RunDir(Path(os.path.relpath(LATEST.resolve())))
+
+
+def is_run(path: Path) -> bool:
+    """True if `path` is a run directory."""
+    return (path / "recipe.yaml").is_file()
+
+
+def eval_names(run: RunDir) -> Sequence[str]:
+    """Names of the evaluations in the run."""
+    return sorted(path.stem for path in (run.path / "evals").glob("*.json"))

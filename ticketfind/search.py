@@ -1,0 +1,242 @@
+"""Iterative magnitude pruning (arXiv 1803.03635, section 2): train, prune, rewind, again; resumable."""
+
+import json
+import math
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ticketfind import TicketfindError, __version__, engine, masks, results, rundir
+from ticketfind.masks import Masks, ScoreFn
+from ticketfind.readers import Duration
+from ticketfind.recipe import Recipe
+from ticketfind.rundir import RunDir
+from ticketfind.tensorfile import read_tensors, save_tensors
+from ticketfind.ticket import Provenance, Ticket
+from ticketfind.train import Arm, Outcome, Task, derived_seed, fit, is_disconnected
+
+
+class Watch(Protocol):
+    """Told how a search gets on."""
+
+    def begin(self, total: int, done: int) -> None:
+        """Iterations of the whole search over all replicates, and those that an earlier process has done."""
+
+    def tick(self, iterations: int) -> None:
+        """Iterations done since the last call."""
+
+    def round(self, finished: results.Round) -> None:
+        """A round is finished."""
+
+    def note(self, text: str) -> None:
+        """Something that the user should know."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search will do, known before any training."""
+
+    candidates: list[masks.Candidate]
+    groups: list[masks.Group]
+    kept: list[int]
+    """Weights kept in each round, the dense round 0 first."""
+    rewind: int
+    """Iteration that survivors go back to; with learning-rate rewinding 0, where the schedule starts over."""
+    moves: bool
+    """Learning-rate rewinding: each round starts from the last one's trained weights."""
+    iterations: list[int]
+    """Iterations of each round, of one replicate."""
+
+    memory: int
+    """Bytes of weights, gradients, optimizer state and masks of the trainings that run at once."""
+    disk: int
+    """Bytes of the finished run."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Prunable parameters and their shapes."""
+        return {c.name: c.shape for c in self.candidates if c.pruned}
+
+
+def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
+    """The plan of a resolved recipe. Raises TicketfindError where nothing is left to prune."""
+    settings = recipe.prune
+    candidates = masks.candidates(model, only=settings.only, skip=settings.skip)
+    sizes = {c.name: torch.Size(c.shape).numel() for c in candidates if c.pruned}
+    if not sizes:
+        raise TicketfindError(
+            f"model {recipe.model.spec!r}: expected a parameter to prune, found none; ticketfind inspect MODEL says why"
+        )
+    groups = masks.make_groups(list(sizes), settings.fraction, settings.scope)
+    kept = masks.plan(sizes, groups, settings.rounds, settings.until)
+    if len(kept) < 2:
+        raise TicketfindError(
+            "prune.fraction: expected to prune a weight in the first round, found that it prunes none"
+        )
+    moves = settings.rewind == "lr"
+    rewind = int(settings.rewind) if isinstance(settings.rewind, Duration) else 0
+    total = int(recipe.train.iterations)
+    iterations = [total] + [total - rewind] * (len(kept) - 1)
+    parameters, replicates = sum(math.prod(c.shape) for c in candidates), recipe.run.replicates
+    at_once = engine.at_once(recipe.run.engine, replicates)
+    optimizer_slots = 2 if recipe.train.optimizer != "sgd" else int(recipe.train.momentum > 0)
+    memory = 4 * at_once * (parameters * (2 + optimizer_slots) + kept[0])
+    starts = replicates * (len(kept) if moves else 1)
+    disk = 4 * parameters * (starts + 1) + kept[0] * (replicates * (len(kept) - 1) + 1)
+    return Plan(candidates, groups, kept, rewind, moves, iterations, memory, disk)
+
+
+def search(recipe: Recipe, task: Task, run: RunDir, score: ScoreFn, watch: Watch) -> list[results.Round]:
+    """Run (or go on with) the search of a resolved recipe in `run`; its finished rounds.
+
+    Each (round, replicate) is on disk before the next begins; the winner's ticket is written at the end.
+    """
+    plan = make_plan(recipe, task.model)
+    rundir.begin(run, recipe)
+    logged = {(line["round"], line["replicate"]) for line in run.log()}
+    replicates = range(recipe.run.replicates)
+    watch.begin(sum(plan.iterations) * len(replicates), sum(plan.iterations[round] for round, _ in logged))
+    for round in range(len(plan.kept)):
+        todo = [r for r in replicates if (round, r) not in logged]
+        arms = [_arm(recipe, task, run, plan, round, r, watch) for r in todo]
+        keep_at = plan.rewind if round == 0 else None
+        trained = fit(arms, task, recipe.train, way=recipe.run.engine, keep_at=keep_at, tick=watch.tick)
+        for replicate, (arm, outcome) in zip(todo, trained, strict=True):
+            _finish(recipe, task, run, plan, round, replicate, arm, outcome, score)
+        watch.round(finished_rounds(run, recipe)[round])
+    rounds = finished_rounds(run, recipe)
+    winner = results.winner_of(rounds)
+    if winner is not None and not run.ticket_file.exists():
+        load(run, winner.round, winner.best_replicate).save(run.ticket_file)
+    run.finish()
+    return rounds
+
+
+def _arm(recipe: Recipe, task: Task, run: RunDir, plan: Plan, round: int, replicate: int, watch: Watch) -> Arm:
+    name, seed = f"round {round}, replicate {replicate}", recipe.run.seed + replicate
+    if round == 0:
+        return Arm(name, task.start(seed), {}, seed)
+    start, _ = read_tensors(run.start_file(replicate, round if plan.moves else None), "rewind point")
+    mask, _ = read_tensors(run.mask_file(round, replicate), "mask")
+    emptied = [parameter for parameter, kept in mask.items() if not bool(kept.any())]
+    if emptied:
+        watch.note(f"{name}: no weight is left in {', '.join(emptied)}")
+        if not recipe.prune.allow_collapse and is_disconnected(task, start, mask):
+            raise TicketfindError(
+                f"{name}: no weight is left in {', '.join(emptied)}, and the output no longer depends on the input;"
+                " use scope layer, fewer rounds, or --set prune.allow_collapse=true"
+            )
+    return Arm(name, start, mask, seed, plan.rewind)
+
+
+def _finish(
+    recipe: Recipe, task: Task, run: RunDir, plan: Plan, round: int, replicate: int, arm: Arm, outcome: Outcome,
+    score: ScoreFn,
+) -> None:  # fmt: skip
+    """Draw the next round's mask, and put everything about this training on disk; the log line last."""
+    seed = recipe.run.seed + replicate
+    start = arm.start
+    old = arm.masks or masks.dense(plan.shapes)
+    revived = masks.nonzero_outside(old, outcome.final)
+    assert not revived, f"{arm.name}: pruned weights are not zero in {revived}"
+    if round == 0:
+        if not plan.moves:
+            assert outcome.kept is not None
+            start = outcome.kept
+        about = _about_start(arm.start, plan, task)
+        save_tensors(run.start_file(replicate, 0 if plan.moves else None), start, {"ticketfind": json.dumps(about)})
+    if round + 1 < len(plan.kept):
+        new = _prune(old, outcome.final, start, plan, score, derived_seed(seed, "score", round))
+        assert masks.nested(new, old), f"{arm.name}: a pruned weight has come back"
+        assert masks.count(new) == plan.kept[round + 1], f"{arm.name}: {masks.count(new)} weights kept"
+        if plan.moves:
+            _, about_start = read_tensors(run.start_file(replicate, 0), "rewind point")
+            save_tensors(run.start_file(replicate, round + 1), outcome.final, about_start)
+        save_tensors(run.mask_file(round + 1, replicate), new)
+    run.append(_log_line(round, replicate, old, outcome, len(task.data.test)))
+
+
+def _about_start(initial: dict[str, Tensor], plan: Plan, task: Task) -> dict[str, Any]:
+    sigma = {name: float(initial[name].double().std(correction=0)) for name in plan.shapes}
+    return {"iteration": plan.rewind, "sigma": sigma, "aliases": masks.aliases(task.model)}
+
+
+def _prune(
+    old: Masks, final: dict[str, Tensor], start: dict[str, Tensor], plan: Plan, score: ScoreFn, seed: int
+) -> Masks:
+    trained = {name: final[name] for name in plan.shapes}
+    device = next(iter(trained.values())).device
+    scores = masks.score(score, trained, {name: start[name].to(device) for name in trained}, seed=seed)
+    drawn = masks.prune({name: mask.to(device) for name, mask in old.items()}, scores, plan.groups)
+    return {name: mask.cpu() for name, mask in drawn.items()}
+
+
+def _log_line(round: int, replicate: int, mask: Masks, outcome: Outcome, test_size: int) -> dict[str, Any]:
+    points = [asdict(point) for point in outcome.points]
+    return {
+        "round": round,
+        "replicate": replicate,
+        "kept": masks.count(mask),
+        "remaining": masks.remaining(mask),
+        **asdict(outcome.measured),
+        "test_size": test_size,
+        "kept_per_tensor": {name: int(m.sum()) for name, m in mask.items()},
+        "curve": {key: [point[key] for point in points] for key in points[0]},
+    }
+
+
+# ------------------------------------------------------------------------------------- what a run holds
+
+
+def finished_rounds(run: RunDir, recipe: Recipe | None = None) -> list[results.Round]:
+    """The finished rounds of a run, in order."""
+    recipe = recipe or run.recipe()
+    return results.rounds_of(run.log(), replicates=recipe.run.replicates, given_tolerance=recipe.run.tolerance)
+
+
+def load(run: RunDir, round: int, replicate: int) -> Ticket:
+    """The ticket of one round and replicate. Raises TicketfindError where the run does not hold it."""
+    recipe = run.recipe()
+    rounds = finished_rounds(run, recipe)
+    if not 1 <= round < len(rounds):
+        raise TicketfindError(f"{run.path}: round: expected 1 to {len(rounds) - 1} (finished, pruned), found {round}")
+    if not 0 <= replicate < recipe.run.replicates:
+        raise TicketfindError(f"{run.path}: replicate: expected 0 to {recipe.run.replicates - 1}, found {replicate}")
+    mask, _ = read_tensors(run.mask_file(round, replicate), "mask")
+    start, metadata = read_tensors(
+        run.start_file(replicate, round if recipe.prune.rewind == "lr" else None), "rewind point"
+    )
+    about = Provenance(
+        recipe=recipe.plain(),
+        round=round,
+        replicate=replicate,
+        claims={"dense": rounds[0].stats.json(), "ticket": rounds[round].stats.json()},
+        versions={"ticketfind": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        **json.loads(metadata["ticketfind"]),
+    )
+    return Ticket(mask, start, about)
+
+
+def chosen_round(run: RunDir, round: int | None) -> results.Round:
+    """Round `round` of a run, the winner where None. Raises TicketfindError where there is no winner."""
+    rounds = finished_rounds(run)
+    if round is not None:
+        if not 1 <= round < len(rounds):
+            raise TicketfindError(
+                f"{run.path}: round: expected 1 to {len(rounds) - 1} (finished, pruned), found {round}"
+            )
+        return rounds[round]
+    winner = results.winner_of(rounds)
+    if winner is None:
+        finished = f"{len(rounds)} finished rounds" if rounds else "no finished round"
+        raise TicketfindError(f"{run.path}: expected a winner, found no matching one in {finished}; name a --round")
+    return winner
+
+
+def tickets(run: RunDir, round: int | None) -> list[Ticket]:
+    """The tickets of every replicate of a round (the winner's where None)."""
+    number = chosen_round(run, round).round
+    return [load(run, number, replicate) for replicate in range(run.recipe().run.replicates)]

@@ -1,0 +1,262 @@
+"""The ticket file, version 1: masks, initial weights, and where they come from. docs/ticket-format.md describes it."""
+
+import filecmp
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ticketfind import TicketfindError, files, masks
+from ticketfind.masks import Masks
+from ticketfind.tensorfile import read_tensors, save_tensors
+
+FORMAT = 1
+_KEY = "ticketfind"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a ticket comes from: everything in the file's metadata but its layout."""
+
+    recipe: dict[str, Any]
+    """The resolved recipe, as plain values."""
+    round: int
+    """Prunings that the mask has behind it."""
+    replicate: int
+    """Which of the run's replicates."""
+    iteration: int
+    """The iteration of the dense training that `init` was taken at: training starts here."""
+    sigma: dict[str, float]
+    """Per masked parameter, the standard deviation of its initialisation (of the checkpoint's weights for one)."""
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Tied parameters: further name -> name of the mask."""
+    claims: dict[str, Any] = field(default_factory=dict)
+    """What the search measured: accuracies as fractions, over the run's replicates."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """ticketfind, torch, python."""
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A subnetwork: masks, and the weights that it starts from."""
+
+    masks: Masks
+    """Parameter name -> bool tensor, True = kept."""
+    init: dict[str, Tensor]
+    """State-dict key -> every parameter and buffer at the rewind point, pruned positions included."""
+    about: Provenance
+    complete: bool = True
+    """False for one read from a compact file: `init` is zero where the mask prunes."""
+
+    @property
+    def remaining(self) -> float:
+        """Weights remaining, as a fraction of the prunable weights."""
+        return masks.remaining(self.masks)
+
+    def weights(self) -> dict[str, Tensor]:
+        """A state dict: the initial weights with pruned ones zero, tied ones under all their names."""
+        tied = {alias: self.masks[name] for alias, name in self.about.aliases.items() if name in self.masks}
+        return masks.masked(self.init, {**self.masks, **{k: m for k, m in tied.items() if k in self.init}})
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Raise TicketfindError, naming every entry that differs, unless this ticket is of `model`'s architecture."""
+        wanted = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+        faults = [f"{name} is not in the ticket" for name in wanted if name not in self.init]
+        faults += [f"{name} is not in the model" for name in self.init if name not in wanted]
+        faults += [
+            f"{name} has shape {tuple(self.init[name].shape)} in the ticket, {tuple(wanted[name].shape)} in the model"
+            for name in wanted
+            if name in self.init and self.init[name].shape != wanted[name].shape
+        ]
+        if faults:
+            more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+            raise TicketfindError(f"the ticket does not fit the model: {'; '.join(faults[:5])}{more}")
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> None:
+        """Put the ticket's initial weights and buffers into `model`, pruned weights exactly zero.
+
+        Raises TicketfindError, with `model` untouched, where names or shapes differ.
+        """
+        self.check_fits(model)
+        model.load_state_dict(self.weights(), strict=False)
+
+    def hold(self, model: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
+        """Keep pruned weights of `model` at exactly zero in a training loop of your own.
+
+        Hooks into ``optimizer.step``: gradients of pruned weights are zeroed before it, the weights after it, so that
+        momentum and weight decay revive nothing. Returns a function that lets go. Raises TicketfindError where a
+        masked parameter is missing or has another shape.
+        """
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, mask in self.masks.items():
+            if name not in parameters or parameters[name].shape != mask.shape:
+                found = tuple(parameters[name].shape) if name in parameters else "none"
+                raise TicketfindError(f"hold: expected a parameter {name} of shape {tuple(mask.shape)}, found {found}")
+        pruned = [(parameters[name], ~mask.to(parameters[name].device)) for name, mask in self.masks.items()]
+
+        @torch.no_grad()
+        def zero_gradients(*_: Any) -> None:
+            for parameter, gone in pruned:
+                if parameter.grad is not None:
+                    parameter.grad.masked_fill_(gone, 0.0)
+
+        @torch.no_grad()
+        def zero_weights(*_: Any) -> None:
+            for parameter, gone in pruned:
+                parameter.masked_fill_(gone, 0.0)
+
+        zero_weights()
+        hooks = [
+            optimizer.register_step_pre_hook(zero_gradients),
+            optimizer.register_step_post_hook(zero_weights),
+        ]
+
+        def release() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        return release
+
+    def save(self, path: Path | str, *, layout: str = "full") -> None:
+        """Write the ticket, whole or not at all. layout: "full", or "compact" (bit-packed masks, survivors only)."""
+        assert layout in ("full", "compact"), layout
+        about = {"format": FORMAT, "layout": layout, "remaining": self.remaining, **asdict(self.about)}
+        tensors = {f"init/{name}": value for name, value in self.init.items()}
+        if layout == "compact":
+            about["shapes"] = {name: list(mask.shape) for name, mask in self.masks.items()}
+            tensors |= {f"init/{name}": self.init[name][mask] for name, mask in self.masks.items()}
+            tensors |= {f"mask/{name}": pack_bits(mask) for name, mask in self.masks.items()}
+        elif not self.complete:
+            raise TicketfindError("a compact ticket has lost the pruned initial weights: it cannot be written in full")
+        else:
+            tensors |= {f"mask/{name}": mask for name, mask in self.masks.items()}
+        save_tensors(Path(path), tensors, {_KEY: json.dumps(about)})
+
+
+def load_ticket(path: Path | str) -> Ticket:
+    """Read a ticket file of either layout onto the CPU. Nothing in it is executed.
+
+    Raises TicketfindError where the file is missing, damaged, no ticket, or of a newer format.
+    """
+    path = Path(path)
+    tensors, metadata = read_tensors(path, "ticket")
+    about = _read_about(path, metadata)
+    found_masks = {name.removeprefix("mask/"): value for name, value in tensors.items() if name.startswith("mask/")}
+    init = {name.removeprefix("init/"): value for name, value in tensors.items() if name.startswith("init/")}
+    compact = about["layout"] == "compact"
+    if compact:
+        _unpack(path, found_masks, init, about.get("shapes"))
+    for name, mask in found_masks.items():
+        if mask.dtype != torch.bool:
+            raise TicketfindError(f"{path}: mask/{name}: expected bool, found {mask.dtype}")
+        if name not in init or init[name].shape != mask.shape:
+            found = tuple(init[name].shape) if name in init else "none"
+            raise TicketfindError(f"{path}: init/{name}: expected the mask's shape {tuple(mask.shape)}, found {found}")
+    if not found_masks:
+        raise TicketfindError(f"{path}: expected masks (mask/...), found none: not a ticket")
+    return Ticket(found_masks, init, _provenance(path, about), complete=not compact)
+
+
+def _read_about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if _KEY not in metadata:
+        raise TicketfindError(f"{path}: expected a ticket, found a safetensors file without ticketfind metadata")
+    try:
+        about = json.loads(metadata[_KEY])
+    except (ValueError, RecursionError) as error:
+        raise TicketfindError(f"{path}: expected JSON in the ticketfind metadata: {error}") from error
+    if not isinstance(about, dict) or not isinstance(about.get("format"), int):
+        raise TicketfindError(f"{path}: expected a format number in the ticketfind metadata")
+    if about["format"] > FORMAT:
+        raise TicketfindError(
+            f"{path}: ticket format {about['format']} is newer than this ticketfind reads ({FORMAT}); upgrade"
+        )
+    if about.get("layout") not in ("full", "compact"):
+        raise TicketfindError(f"{path}: layout: expected full or compact, found {about.get('layout')!r}")
+    return about
+
+
+def _provenance(path: Path, about: Mapping[str, Any]) -> Provenance:
+    kinds: dict[str, type] = {
+        **dict.fromkeys(("recipe", "sigma", "aliases", "claims", "versions"), dict),
+        **dict.fromkeys(("round", "replicate", "iteration"), int),
+    }
+    for key, kind in kinds.items():
+        if not isinstance(about.get(key), kind):
+            raise TicketfindError(
+                f"{path}: metadata {key}: expected {kind.__name__}, found {type(about.get(key)).__name__}"
+            )
+    return Provenance(**{key: about[key] for key in kinds})
+
+
+# ---------------------------------------------------------------------------------------- compact layout
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """uint8 [ceil(n / 8)]: eight weights a byte, the first in the highest bit, as numpy.packbits does."""
+    bits = mask.flatten().to(torch.uint8)
+    bits = torch.cat([bits, bits.new_zeros(-bits.numel() % 8)]).view(-1, 8)
+    return (bits << torch.arange(7, -1, -1, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The bool mask of `shape` that `pack_bits` packed."""
+    bits = (packed.unsqueeze(1) >> torch.arange(7, -1, -1, dtype=torch.uint8)) & 1
+    n = 1
+    for side in shape:
+        n *= side
+    return bits.flatten()[:n].bool().view(shape)
+
+
+def _unpack(path: Path, packed: Masks, init: dict[str, Tensor], shapes: Any) -> None:
+    """Replace packed masks and survivors by full-shaped tensors, in place."""
+    if not isinstance(shapes, dict) or shapes.keys() != packed.keys():
+        raise TicketfindError(f"{path}: metadata shapes: expected one for each mask of a compact ticket")
+    for name, raw in shapes.items():
+        if not isinstance(raw, list) or not all(isinstance(side, int) and side >= 0 for side in raw):
+            raise TicketfindError(f"{path}: metadata shapes: {name}: expected whole numbers, found {raw!r}")
+        n = 1
+        for side in raw:
+            n *= side
+        if packed[name].dtype != torch.uint8 or packed[name].numel() != (n + 7) // 8 or name not in init:
+            raise TicketfindError(f"{path}: mask/{name}: expected {(n + 7) // 8} bytes and init/{name} for shape {raw}")
+        mask = unpack_bits(packed[name], tuple(raw))
+        if init[name].numel() != int(mask.sum()):
+            raise TicketfindError(
+                f"{path}: init/{name}: expected {int(mask.sum())} surviving weights, found {init[name].numel()}"
+            )
+        full = init[name].new_zeros(tuple(raw))
+        full[mask] = init[name].flatten()
+        packed[name], init[name] = mask, full
+
+
+def write_as(ticket: Ticket, path: Path, form: str, *, force: bool) -> None:
+    """Write `ticket` to `path` as "ticket", "compact", "dense" or "torch-prune".
+
+    A file of that name with other content is replaced only with `force`; else TicketfindError.
+    """
+    with files.whole(path) as temporary:
+        if form in ("ticket", "compact"):
+            ticket.save(temporary, layout="full" if form == "ticket" else "compact")
+        elif form == "dense":
+            save_tensors(temporary, ticket.weights())
+        else:
+            save_tensors(temporary, torch_prune_state(ticket))
+        if path.exists() and not force and not filecmp.cmp(path, temporary, shallow=False):
+            raise TicketfindError(f"{path}: exists with other content; give another --out, or --force to replace it")
+
+
+def torch_prune_state(ticket: Ticket) -> dict[str, Tensor]:
+    """The state dict of a module pruned with torch.nn.utils.prune: weight_orig and weight_mask for each mask."""
+    tied = {alias: ticket.masks[name] for alias, name in ticket.about.aliases.items() if name in ticket.masks}
+    every = {**ticket.masks, **tied}
+    state = {name: value for name, value in ticket.init.items() if name not in every}
+    for name, mask in every.items():
+        state[f"{name}_orig"] = ticket.init[name]
+        state[f"{name}_mask"] = mask.to(ticket.init[name].dtype)
+    return state

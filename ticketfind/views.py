@@ -1,0 +1,247 @@
+"""How each result is shown: a table and a line for people, one object for --json (docs/json.md). No torch."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from ticketfind import results
+from ticketfind.results import Round, Spread, Stats
+from ticketfind.terminal import RoundRows, Screen, percent, printable, size, spread
+
+if TYPE_CHECKING:
+    from ticketfind.experiments import Difference, Evaluation
+    from ticketfind.masks import Candidate, Overlap
+    from ticketfind.recipe import Recipe
+    from ticketfind.rundir import RunDir
+    from ticketfind.search import Plan
+    from ticketfind.ticket import Ticket
+
+
+def show_plan(screen: Screen, recipe: "Recipe", plan: "Plan") -> None:
+    """`search --dry-run`."""
+    rounds = [
+        {"round": number, "remaining": kept / plan.kept[0], "kept": kept, "iterations": iterations}
+        for number, (kept, iterations) in enumerate(zip(plan.kept, plan.iterations, strict=True))
+    ]
+    total = sum(plan.iterations) * recipe.run.replicates
+    screen.print(escape(recipe.to_yaml()))
+    rows = [(str(r["round"]), percent(r["remaining"]), f"{r['kept']:,}", f"{r['iterations']:,}") for r in rounds]
+    screen.print(_table(("round", "left", "weights", "iterations"), rows))
+    screen.result(
+        f"{plural(recipe.run.replicates, 'replicate')}, {total:,} iterations in all;"
+        f" memory {size(plan.memory)} beside data and activations, disk {size(plan.disk)}",
+        {
+            "recipe": recipe.plain(),
+            "rounds": rounds,
+            "iterations": total,
+            "parameters": sum(math.prod(c.shape) for c in plan.candidates),
+            "prunable": plan.kept[0],
+            "memory": plan.memory,
+            "disk": plan.disk,
+        },
+    )
+
+
+def show_search(screen: Screen, run: "RunDir", rounds: Sequence[Round], seconds: float) -> None:
+    """What `search` has found; its rounds were shown on the way."""
+    winner = results.winner_of(rounds)
+    ticket = None if winner is None else str(run.ticket_file)
+    line = (
+        "no winner: no pruned round matches the dense network;"
+        " try more --replicates, a later --rewind or a smaller --prune"
+        if winner is None
+        else f"winner: {_winner(winner)} (dense {spread(rounds[0].stats.accuracy_early)} %); ticket: {ticket}"
+    )
+    dense = rounds[0].stats.json()
+    screen.result(
+        line, {"run": str(run.path), "dense": dense, **_rounds_json(rounds), "ticket": ticket, "seconds": seconds}
+    )
+
+
+def show_rounds(screen: Screen, rounds: Sequence[Round]) -> None:
+    """Finished rounds, all at once."""
+    rows = RoundRows(screen.console.width)
+    screen.print(Text("\n").join([rows.header(), *(rows.row(finished) for finished in rounds)]))
+
+
+def show_run(screen: Screen, run: "RunDir", recipe: "Recipe", rounds: Sequence[Round]) -> None:
+    """`inspect RUN`."""
+    model, data = recipe.model.spec, recipe.data.spec
+    screen.message(f"{run.path}: {model} on {data}, {plural(recipe.run.replicates, 'replicate')}")
+    if rounds:
+        show_rounds(screen, rounds)
+    winner = results.winner_of(rounds)
+    state = "finished" if run.is_finished else "not finished: the same search command goes on"
+    screen.result(
+        f"{plural(len(rounds), 'round')}, {state}; {'no winner' if winner is None else 'winner: ' + _winner(winner)}",
+        {"run": str(run.path), "finished": run.is_finished, "recipe": recipe.plain(), **_rounds_json(rounds)},
+    )
+
+
+def _winner(winner: Round) -> str:
+    return f"round {winner.round}, {percent(winner.remaining)} of the weights, {spread(winner.stats.accuracy_early)} %"
+
+
+def _rounds_json(rounds: Sequence[Round]) -> dict[str, Any]:
+    winner = results.winner_of(rounds)
+    return {
+        "rounds": [finished.json() for finished in rounds],
+        "winner": None if winner is None else {**winner.json(), "replicate": winner.best_replicate},
+    }
+
+
+def evaluation_json(found: "Evaluation", ticket: str, seconds: float) -> dict[str, Any]:
+    """The JSON object of `eval`."""
+    return {
+        "ticket": ticket,
+        "remaining": found.remaining,
+        "arms": {name: stats.json() for name, stats in found.arms.items()},
+        "verdict": found.verdict,
+        "notes": list(found.notes),
+        "seconds": seconds,
+    }
+
+
+def show_evaluation(screen: Screen, found: "Evaluation", described: Mapping[str, Any]) -> None:
+    """`eval`."""
+    for note in found.notes:
+        screen.message(note)
+    rows = [_arm_row(name, stats) for name, stats in found.arms.items()]
+    screen.print(_table(("", "at early stop", "at the end", "stops at"), rows))
+    screen.result(found.verdict, described)
+
+
+def _arm_row(name: str, stats: Stats) -> tuple[str, ...]:
+    return name, spread(stats.accuracy_early), spread(stats.accuracy_end), f"{stats.early_stop.mean:,.0f}"
+
+
+def show_export(screen: Screen, ticket: "Ticket", path: Path, form: str) -> None:
+    """`export`."""
+    written = path.stat().st_size
+    screen.result(
+        f"{path}: {percent(ticket.remaining)} of the weights, {form}, {size(written)}",
+        {"file": str(path), "format": form, "remaining": ticket.remaining, "bytes": written},
+    )
+
+
+def show_difference(screen: Screen, found: "Difference") -> None:
+    """`diff`."""
+    rows = [_overlap_row(name, overlap) for name, overlap in [*found.tensors.items(), ("total", found.total)]]
+    screen.print(_table(("", "size", "in A", "in B", "in both", "Jaccard", "by chance", "agreement"), rows))
+    init = f"initial weights: {'the same' if found.same_init else 'different'}"
+    shared = (
+        f"the masks share {found.total.kept_both:,} weights, {found.total.expected_both:,.0f} expected by chance;"
+        f" agreement {found.total.agreement:.3f} (0 chance, 1 equal)"
+    )
+    screen.result(
+        f"{'the masks are the same' if found.same_masks else shared}; {init}",
+        {
+            "same_masks": found.same_masks,
+            "same_init": found.same_init,
+            "total": _overlap_json(found.total),
+            "tensors": {name: _overlap_json(overlap) for name, overlap in found.tensors.items()},
+        },
+    )
+
+
+def _overlap_row(name: str, overlap: "Overlap") -> tuple[str, ...]:
+    counts = (f"{n:,}" for n in (overlap.size, overlap.kept_a, overlap.kept_b, overlap.kept_both))
+    shares = (f"{s:.3f}" for s in (overlap.jaccard, overlap.jaccard_by_chance, overlap.agreement))
+    return name, *counts, *shares
+
+
+def _overlap_json(overlap: "Overlap") -> dict[str, Any]:
+    keys = ("size", "kept_a", "kept_b", "kept_both", "jaccard", "jaccard_by_chance", "agreement")
+    return {key: getattr(overlap, key) for key in keys}
+
+
+def show_ticket(screen: Screen, ticket: "Ticket", path: Path) -> None:
+    """`inspect TICKET`."""
+    about = ticket.about
+    tensors = {
+        name: {"shape": list(mask.shape), "kept": int(mask.sum()), "size": mask.numel()}
+        for name, mask in ticket.masks.items()
+    }
+    rows = [
+        (name, _shape(mask.shape), f"{int(mask.sum()):,}", f"{mask.numel():,}", percent(float(mask.float().mean())))
+        for name, mask in ticket.masks.items()
+    ]
+    screen.print(_table(("", "shape", "kept", "of", "left"), rows))
+    screen.message(f"round {about.round}, replicate {about.replicate}, weights of iteration {about.iteration}")
+    for line in _claims(about.recipe, about.claims):
+        screen.message(line)
+    layout = "full" if ticket.complete else "compact"
+    screen.result(
+        f"{path}: {percent(ticket.remaining)} of the weights, {layout}",
+        {
+            "ticket": str(path),
+            "remaining": ticket.remaining,
+            "layout": layout,
+            "round": about.round,
+            "replicate": about.replicate,
+            "iteration": about.iteration,
+            "claims": about.claims,
+            "versions": about.versions,
+            "aliases": about.aliases,
+            "recipe": about.recipe,
+            "tensors": tensors,
+        },
+    )
+
+
+def _claims(recipe: Mapping[str, Any], claims: Mapping[str, Any]) -> list[str]:
+    """Where a ticket comes from and what its search measured; what the file lacks is left out."""
+    model, data = recipe.get("model"), recipe.get("data")
+    lines = []
+    if isinstance(model, dict) and isinstance(data, dict):
+        lines.append(f"{model.get('spec')} on {data.get('spec')}")
+    for name in ("dense", "ticket"):
+        try:
+            early = claims[name]["accuracy_early"]
+            lines.append(
+                f"{name}: {spread(Spread(early['mean'], early['sd'], ()))} % at early stop, as its search says"
+            )
+        except (KeyError, TypeError, ValueError):
+            continue
+    return lines
+
+
+def show_candidates(screen: Screen, spec: str, found: Sequence["Candidate"]) -> None:
+    """`inspect MODEL`."""
+    rows = [(c.name, _shape(c.shape), "pruned" if c.pruned else "whole", c.reason) for c in found]
+    screen.print(_table(("parameter", "shape", "", "why"), rows, left=4))
+    parameters = sum(math.prod(c.shape) for c in found)
+    prunable = sum(math.prod(c.shape) for c in found if c.pruned)
+    screen.result(
+        f"{spec}: {prunable:,} of {parameters:,} parameters can be pruned",
+        {
+            "model": spec,
+            "parameters": parameters,
+            "prunable": prunable,
+            "tensors": {c.name: {"shape": list(c.shape), "pruned": c.pruned, "reason": c.reason} for c in found},
+        },
+    )
+
+
+def plural(number: int, what: str) -> str:
+    """``1 round``, ``2 rounds``."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Table:
+    """A plain table: the first `left` columns to the left, the rest (numbers) to the right."""
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number < left else "right", overflow="fold", no_wrap=number >= left)
+    for row in rows:
+        made.add_row(*(escape(printable(cell)) for cell in row))
+    return made
