@@ -8,7 +8,7 @@ import torch
 
 from ticketfind import TicketfindError, checkpoint, data, engine, masks, models
 from ticketfind.recipe import Recipe, RecipeError
-from ticketfind.specs import is_code, load_object
+from ticketfind.specs import is_code, load_object, one_line
 from ticketfind.train import Task, accuracy, cross_entropy
 
 
@@ -102,7 +102,7 @@ def _check_fits(recipe: Recipe, task: Task) -> None:
         except Exception as error:
             raise TicketfindError(
                 f"{what} {getattr(recipe.train, what) or 'default'}: failed on outputs {tuple(outputs.shape)}"
-                f" and targets {tuple(targets.shape)}: {type(error).__name__}: {error}"
+                f" and targets {tuple(targets.shape)}: {one_line(error)}"
             ) from error
         if shape != ():
             raise TicketfindError(
@@ -114,8 +114,7 @@ def for_ticket(recipe: Recipe) -> Recipe:
     """The recipe to train a ticket again: its weights are in the file, so no checkpoint is read or fetched."""
     args = {key: value for key, value in recipe.model.args.items() if key != "pretrained" or is_code(recipe.model.spec)}
     model = dataclasses.replace(recipe.model, checkpoint=None, allow_mismatch=(), args=args)
-    run = dataclasses.replace(recipe.run, device="auto", engine="auto")
-    return dataclasses.replace(recipe, model=model, run=run)
+    return dataclasses.replace(recipe, model=model)
 
 
 def model_alone(spec: str, args: dict[str, Any], data_spec: str | None, data_args: dict[str, Any]) -> torch.nn.Module:

@@ -71,7 +71,7 @@ def _read_sharded(path: Path) -> dict[str, Tensor]:
         ) from error
     weights: dict[str, Tensor] = {}
     for shard in shards:
-        if Path(shard).name != shard:
+        if not isinstance(shard, str) or Path(shard).name != shard:
             raise TicketfindError(f"checkpoint {path}: expected shards in the same folder, found {shard!r}")
         weights |= read_tensors(path.parent / shard, "checkpoint")[0]
     return weights
@@ -82,6 +82,13 @@ def _read_torch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
         first = str(error).split("\n", 1)[0]
+        if not isinstance(error, OSError):
+            with path.open("rb") as file:
+                start = file.read(16)
+            if not start.startswith((b"PK", b"\x80")):  # zip archive, pickle
+                raise TicketfindError(
+                    f"checkpoint {path}: expected a torch checkpoint, found a file that begins with {start!r}"
+                ) from error
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise TicketfindError(
                 f"checkpoint {path}: it holds objects other than tensors, which ticketfind never unpickles;"
@@ -92,12 +99,13 @@ def _read_torch(path: Path) -> Any:
 
 def _unwrap(found: Any) -> Mapping[str, Any]:
     """The state dict inside the containers that training programs put around it."""
-    while isinstance(found, Mapping):
-        inner = next((found[key] for key in _CONTAINERS if isinstance(found.get(key), Mapping)), None)
-        if inner is None or any(isinstance(value, Tensor) for value in found.values()):
-            return found
-        found = inner
-    return {}
+    if not isinstance(found, Mapping):
+        return {}
+    for key in _CONTAINERS:
+        inner = _unwrap(found.get(key))
+        if any(isinstance(value, Tensor) for value in inner.values()):
+            return inner
+    return found
 
 
 def match(

@@ -1,6 +1,5 @@
 """The commands: parse, call, show. What they compute is elsewhere."""
 
-import os
 import signal
 import sys
 import time
@@ -9,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import click
 import typer
 
 from ticketfind import TicketfindError, __version__, options
@@ -133,9 +131,9 @@ def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") 
     from ticketfind import search as searching
 
     recipe, task = assemble.assemble(asked)
-    score = assemble.score_function(recipe)
+    plan, score = searching.make_plan(recipe, task.model), assemble.score_function(recipe)
     if dry_run:
-        return views.show_plan(screen, recipe, searching.make_plan(recipe, task.model))
+        return views.show_plan(screen, recipe, plan)
     run = rundir.claim(recipe, out)
     if run.is_finished:
         screen.message(f"{run.path}: this search is finished; its result:")
@@ -146,7 +144,7 @@ def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") 
         replicates = views.plural(recipe.run.replicates, "replicate")
         screen.message(f"{run.path}: {doing} {recipe.model.spec} on {recipe.data.spec}, {replicates}, {task.device}")
         with _resumable(run, screen), terminal.SearchWatch(screen) as watch:
-            rounds = searching.search(recipe, task, run, score, watch)
+            rounds = searching.search(recipe, task, run, plan, score, watch)
     views.show_search(screen, run, rounds, time.monotonic() - began)
 
 
@@ -155,9 +153,9 @@ def _resumable(run: "RunDir", screen: "Screen") -> Iterator[None]:
     """Ctrl-C and SIGTERM end a search with a word on how to go on."""
     try:
         yield
-    except KeyboardInterrupt as stop:
+    except _Stopped as stop:
         screen.message(f"stopped; finished trainings are kept in {run.path}; the same command goes on from there")
-        sys.exit(_stop_code(stop))
+        sys.exit(stop.exit_code)
 
 
 # -------------------------------------------------------------------------------------------------- eval
@@ -199,8 +197,8 @@ def evaluate(
         "data.spec": data,
         "data.args": _pairs(data_arg, "--data-arg"),
         "run.seed": seed,
-        "run.device": device,
-        "run.engine": engine,
+        "run.device": device or ("auto" if run is None else None),
+        "run.engine": engine or ("auto" if run is None else None),
     }
     given = {key: value for key, value in changes.items() if value is not None}
     own = recipe.from_layers(tickets[0].about.recipe, where=str(target or "recipe"))
@@ -389,16 +387,15 @@ def _ticket_at(path: Path | None, round: int | None, replicate: int | None) -> "
     return load_ticket(path), path.stem
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM."""
+
+    def __init__(self, signal_number: int) -> None:
+        self.exit_code = 128 + signal_number
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise _Terminated
-
-
-def _stop_code(stop: BaseException) -> int:
-    return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
+def _stop(signal_number: int, _frame: object) -> NoReturn:
+    raise _Stopped(signal_number)
 
 
 def _fail(error: TicketfindError, code: int) -> NoReturn:
@@ -412,18 +409,13 @@ def _fail(error: TicketfindError, code: int) -> NoReturn:
 
 def main() -> None:
     """The console script: errors become one line each, exit code 1; usage and recipe errors 2."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
     try:
-        code = app(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt) as stop:
-        sys.exit(_stop_code(stop.__cause__ or stop))
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        app()
+    except _Stopped as stop:
+        print("stopped", file=sys.stderr)
+        sys.exit(stop.exit_code)
     except TicketfindError as error:
         from ticketfind.recipe import RecipeError
 

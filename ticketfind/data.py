@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ticketfind import TicketfindError
-from ticketfind.specs import is_code, load_object, suggest
+from ticketfind.specs import is_code, load_object, one_line, suggest
 from ticketfind.tensorfile import read_tensors
 
 
@@ -141,7 +141,7 @@ def _check(what: str, split: Split, train: Split) -> None:
 
 def _inputs(raw: Any, what: str, scale: float = 255) -> Tensor:
     """float32 or int64; bytes are pixels and become 0..1; channels come first."""
-    inputs = _tensor(raw, what)
+    inputs = _rows(raw, what)
     if inputs.dtype == torch.uint8:
         if inputs.ndim == 3:
             inputs = inputs.unsqueeze(1)
@@ -154,7 +154,7 @@ def _inputs(raw: Any, what: str, scale: float = 255) -> Tensor:
 
 
 def _targets(raw: Any, what: str) -> Tensor:
-    targets = _tensor(raw, what)
+    targets = _rows(raw, what)
     if targets.ndim == 2 and targets.shape[1] == 1 and not targets.is_floating_point():
         targets = targets[:, 0]
     return targets.float() if targets.is_floating_point() else targets.long()
@@ -162,9 +162,13 @@ def _targets(raw: Any, what: str) -> Tensor:
 
 def _tensor(raw: Any, what: str) -> Tensor:
     try:
-        tensor = torch.as_tensor(raw)
+        return torch.as_tensor(raw)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TicketfindError(f"{what}: expected an array of numbers, found {type(raw).__name__}: {error}") from error
+        raise TicketfindError(f"{what}: expected numbers, found {type(raw).__name__}: {one_line(error)}") from error
+
+
+def _rows(raw: Any, what: str) -> Tensor:
+    tensor = _tensor(raw, what)
     if tensor.ndim == 0:
         raise TicketfindError(f"{what}: expected an array with one row per example, found a single number")
     return tensor
@@ -194,6 +198,10 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
     import numpy
 
+    if not zipfile.is_zipfile(path):
+        raise TicketfindError(
+            f"{path}: expected a .npz file, found no zip archive (empty, truncated or another format)"
+        )
     try:
         with numpy.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
@@ -262,7 +270,7 @@ def _from_factory(spec: str, args: Mapping[str, Any]) -> dict[str, Split]:
     try:
         made = factory(**args) if callable(factory) else factory
     except Exception as error:
-        raise TicketfindError(f"data {spec!r}: the factory failed: {type(error).__name__}: {error}") from error
+        raise TicketfindError(f"data {spec!r}: the factory failed: {one_line(error)}") from error
     if not isinstance(made, (tuple, list)) or len(made) not in (2, 3):
         raise TicketfindError(
             f"data {spec!r}: expected (train, test) or (train, validation, test), found {type(made).__name__}"
@@ -284,13 +292,16 @@ def _split(part: Any, what: str) -> Split:
         raise TicketfindError(f"{what}: expected examples, found none")
     inputs, targets = [], []
     for index in range(len(part)):
-        example = part[index]
+        try:
+            example = part[index]
+        except Exception as error:
+            raise TicketfindError(f"{what}: example {index} cannot be read: {one_line(error)}") from error
         if not isinstance(example, (tuple, list)) or len(example) != 2:
             raise TicketfindError(
                 f"{what}: expected (input, target) examples, found {type(example).__name__} at {index}"
             )
-        inputs.append(torch.as_tensor(example[0]))
-        targets.append(torch.as_tensor(example[1]))
+        inputs.append(_tensor(example[0], f"{what}: input {index}"))
+        targets.append(_tensor(example[1], f"{what}: target {index}"))
         if inputs[-1].shape != inputs[0].shape or targets[-1].shape != targets[0].shape:
             raise TicketfindError(
                 f"{what}: expected examples of one shape, found input {tuple(inputs[-1].shape)} and target"

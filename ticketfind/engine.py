@@ -23,7 +23,7 @@ from torch.optim.sgd import sgd
 
 from ticketfind import TicketfindError
 from ticketfind.data import Split
-from ticketfind.masks import Masks, masked
+from ticketfind.masks import Masks, aliases, masked
 from ticketfind.recipe import Train
 
 T = TypeVar("T")
@@ -86,8 +86,9 @@ class _Optimizer:
         self._first: list[Tensor | None] = [None] * len(parameters)
         self._second: list[Tensor] = []
         self._steps: list[Tensor] = []
-        if how.optimizer != "sgd":
+        if how.optimizer != "sgd" or how.momentum:  # from zero, momentum's first step is the gradient, as there
             self._first = [torch.zeros_like(p) for p in parameters]
+        if how.optimizer != "sgd":
             self._second = [torch.zeros_like(p) for p in parameters]
             self._steps = [torch.zeros((), device=p.device) for p in parameters]
 
@@ -109,14 +110,21 @@ class _Optimizer:
                 parameters, gradients, first, fused=True, weight_decay=decay, momentum=self._how.momentum, lr=lr,
                 dampening=0.0, nesterov=False, maximize=False,
             )  # fmt: skip
-            for i, momentum in zip(live, first, strict=True):
-                self._first[i] = momentum
             return
         update = adamw if self._how.optimizer == "adamw" else adam
         update(
             parameters, gradients, first, pick(self._second), [], pick(self._steps), fused=True, amsgrad=False,  # type: ignore[arg-type]
             beta1=0.9, beta2=0.999, lr=lr, weight_decay=decay, eps=1e-8, maximize=False,
         )  # fmt: skip
+
+
+@torch.no_grad()
+def put(model: nn.Module, start: Mapping[str, Tensor], masks: Masks) -> None:
+    """Put `start` under `masks` into `model`; of tied parameters the one that has the mask counts."""
+    state, tied = model.state_dict(), aliases(model)
+    for name, value in masked(start, masks).items():
+        if name not in tied:
+            state[name].copy_(value)
 
 
 class Lane:
@@ -128,10 +136,7 @@ class Lane:
         """Put `start` under `masks` into `model`, which the lane owns from here on; fresh optimizer state."""
         torch.manual_seed(seed)
         self._model, self._how, self._loss = model, how, loss
-        state = model.state_dict()
-        with torch.no_grad():
-            for name, value in masked(start, masks).items():
-                state[name].copy_(value)
+        put(model, start, masks)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._leaves = list(named.values())
         self._weights = [p.detach() for p in self._leaves]
@@ -249,7 +254,7 @@ def _side_by_side(count: int, train: Callable[[int, Tick], T], tick: Tick) -> It
                 index, process = running[connection]
                 try:
                     kind, value = pickle.loads(connection.recv_bytes())
-                except EOFError:
+                except (EOFError, OSError):  # OSError: killed in the middle of a message
                     process.join()
                     raise TicketfindError(
                         f"a training process was killed (exit code {process.exitcode});"
@@ -296,6 +301,8 @@ def _child(sending: Connection, train: Callable[[int, Tick], T], index: int, par
         sending.send_bytes(pickle.dumps(("done", result)))
     except BaseException as error:
         try:
-            sending.send_bytes(pickle.dumps(("error", error)))
+            message = pickle.dumps(("error", error))
+            pickle.loads(message)  # some exceptions can be written and not read
+            sending.send_bytes(message)
         except Exception:
             sending.send_bytes(pickle.dumps(("error", RuntimeError(f"{type(error).__name__}: {error}"))))

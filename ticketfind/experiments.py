@@ -46,7 +46,7 @@ def evaluate(
     Raises TicketfindError where the ticket does not fit the task's model.
     """
     tickets = [*tickets] if len(tickets) > 1 else [*tickets] * len(seeds)
-    arms, notes = _arms(tickets, task, seeds, noise)
+    arms, notes = _arms(tickets, task, int(how.iterations), seeds, noise)
     measured: dict[str, list[results.Measured]] = {}
     trained = fit([arm for _, arm in arms], task, how, way=way, tick=tick)
     for (kind, _), (_, outcome) in zip(arms, trained, strict=True):
@@ -66,10 +66,16 @@ def arm_count(seeds: int, noise: Sequence[float]) -> int:
 
 
 def _arms(
-    tickets: Sequence[Ticket], task: Task, seeds: Sequence[int], noise: Sequence[float]
+    tickets: Sequence[Ticket], task: Task, iterations: int, seeds: Sequence[int], noise: Sequence[float]
 ) -> tuple[list[tuple[str, Arm]], list[str]]:
     """The arms, each with its kind (a key of `Evaluation.arms`), and notes on those left out."""
     tickets[0].check_fits(task.model)
+    for ticket in tickets:
+        if not 0 <= ticket.about.iteration < iterations:
+            raise TicketfindError(
+                f"ticket metadata iteration: expected 0 to {iterations - 1}, before the training's end,"
+                f" found {ticket.about.iteration}"
+            )
     notes = []
     whole = tickets[0].complete
     if not whole:

@@ -48,15 +48,20 @@ _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_pro
 def candidates(model: nn.Module, *, only: Sequence[str] = (), skip: Sequence[str] = ()) -> list[Candidate]:
     """Every parameter of `model` once (tied ones under their first name), in the model's order.
 
+    A tied parameter is pruned only if it can be under each of its names: an embedding stays whole.
+
     only, skip: globs over parameter names. Raises TicketfindError for a glob that matches no parameter.
     """
-    owners = {id(p): (module, name) for module in model.modules() for name, p in module.named_parameters(recurse=False)}
+    verdicts: dict[int, list[tuple[bool, str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            verdicts.setdefault(id(parameter), []).append(_judge(module, attribute))
     parameters = dict(model.named_parameters())
     for glob in (*only, *skip):
         _check_glob(glob, parameters, "prune.only" if glob in only else "prune.skip")
     found = []
     for name, parameter in parameters.items():
-        pruned, reason = _judge(*owners[id(parameter)])
+        pruned, reason = min(verdicts[id(parameter)], key=lambda verdict: verdict[0])  # one that says no decides
         if only:
             pruned, reason = (
                 matches(name, only),
@@ -200,15 +205,20 @@ def score(function: ScoreFn, trained: Weights, initial: Weights, *, seed: int) -
     devices = {w.device.index or 0 for w in trained.values() if w.device.type == "cuda"}
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
-        scores = function(trained, initial)
+        try:
+            scores = function(trained, initial)
+        except Exception as error:
+            raise TicketfindError(f"score: the function failed: {type(error).__name__}: {error}") from error
+    if not isinstance(scores, Mapping):
+        raise TicketfindError(f"score: expected a dict of tensors by parameter, found {type(scores).__name__}")
     for name, w in trained.items():
         found = scores.get(name)
-        if found is None or found.shape != w.shape:
-            shape = "nothing" if found is None else f"shape {tuple(found.shape)}"
-            raise TicketfindError(f"score of {name}: expected shape {tuple(w.shape)}, found {shape}")
+        if not isinstance(found, Tensor) or found.shape != w.shape:
+            shape = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise TicketfindError(f"score of {name}: expected a tensor of shape {tuple(w.shape)}, found {shape}")
         if not bool(torch.isfinite(found).all()):
             raise TicketfindError(f"score of {name}: expected finite numbers, found NaN or infinity")
-    return dict(scores)
+    return {name: s.to(torch.uint8) if s.dtype == torch.bool else s for name, s in scores.items()}  # for kthvalue
 
 
 # --------------------------------------------------------------------------------------------- pruning

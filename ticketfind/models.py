@@ -118,10 +118,13 @@ def _timm_source(
     build = _builder(spec, timm.create_model, {"model_name": name, **sized})
     if not args.get("pretrained"):
         return Source(build, None)
-    return Source(
-        build,
-        state_of(_builder(spec, timm.create_model, {"model_name": name, **sized, "pretrained": True})()),
-    )
+    return Source(build, _loaded(_builder(spec, timm.create_model, {"model_name": name, **sized, "pretrained": True})))
+
+
+def _loaded(build: Callable[[], nn.Module]) -> State:
+    """The weights that `build` loads: those that do not depend on the seed, as a fresh head's do."""
+    first, second = (state_of(Source(build, None).new(seed)) for seed in (0, 1))
+    return {name: value for name, value in first.items() if torch.equal(value, second[name])}
 
 
 def state_of(model: nn.Module) -> State:

@@ -35,7 +35,7 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the result onl
 Debug = Annotated[bool, _option("--debug", "Show the traceback of an error.")]
 
 # what is searched
-RecipeArg = Annotated[Text, _argument("[RECIPE]", "A shipped recipe's name or a YAML file; default: digits.")]
+RecipeArg = Annotated[Text, _argument("RECIPE", "A shipped recipe's name or a YAML file; default: digits.")]
 Model = Annotated[Text, _option("--model", "timm name, built-in net, module:factory or file.py:factory.")]
 ModelArg = Annotated[
     Texts, _option("--model-arg", "Argument for the model's factory; repeatable.", metavar="KEY=VALUE")
@@ -98,13 +98,11 @@ RunOut = Annotated[Path | None, _option("--out", "Run directory; default: runs/N
 DryRun = Annotated[bool, _option("--dry-run", "Show the plan; train nothing, write nothing.")]
 
 # tickets and runs
-TicketOrRun = Annotated[
-    Path | None, _argument("[TICKET|RUN]", "Ticket file or run directory; default: the latest run.")
-]
+TicketOrRun = Annotated[Path | None, _argument("TICKET|RUN", "Ticket file or run directory; default: the latest run.")]
 SideA = Annotated[Path, _argument("A", "Ticket file or run.")]
 SideB = Annotated[Path, _argument("B", "Ticket file or run.")]
 Anything = Annotated[
-    Text, _argument("[TICKET|RUN|MODEL]", "Ticket file, run directory or model; default: the latest run.")
+    Text, _argument("TICKET|RUN|MODEL", "Ticket file, run directory or model; default: the latest run.")
 ]
 Round = Annotated[Whole, _option("--round", "A round of the run; default: the winner.")]
 Replicate = Annotated[

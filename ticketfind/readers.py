@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ticketfind.specs import is_code, suggest
+from ticketfind.specs import is_code
 
 Reader = Callable[[Any], Any]
 """Raw value -> clean value; raises ValueError, whose text is what was expected."""
@@ -25,7 +25,7 @@ class Duration:
         return int(self.amount)
 
     def __str__(self) -> str:
-        return f"{self.amount:g}{self.unit}" if self.unit != "it" else f"{int(self.amount)}it"
+        return f"{int(self.amount)}it" if self.unit == "it" else f"{str(self.amount).removesuffix('.0')}{self.unit}"
 
     def resolved(self, per_epoch: float, total: float) -> "Duration":
         """In iterations, rounded; `per_epoch` and `total` are iterations too."""
@@ -45,14 +45,15 @@ def number(low: float, high: float, expected: str, *, open_low: bool = False, op
     return read
 
 
-def whole(low: int) -> Reader:
-    """A whole number of at least `low`."""
+def whole(low: int, high: float = math.inf) -> Reader:
+    """A whole number of at least `low` and at most `high`."""
+    expected = f"a whole number of at least {low}" + (f" and at most {high}" if high < math.inf else "")
 
     def read(value: Any) -> int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"a whole number of at least {low}")
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(expected)
         return value
 
     return read
@@ -60,7 +61,7 @@ def whole(low: int) -> Reader:
 
 def duration(value: Any) -> Duration:
     """``500``, ``500it``, ``2ep``, ``5%``."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE]\d+)?)\s*(it|ep|%)?\s*", str(value))
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*(it|ep|%)?\s*", str(value))
     if match is None or isinstance(value, bool):
         raise ValueError("a number of iterations (500), epochs (2ep) or a share of the training (5%)")
     amount, unit = float(match[1]), match[2] or "it"
@@ -99,7 +100,7 @@ def choice(*choices: str) -> Reader:
 
     def read(value: Any) -> str:
         if value not in choices:
-            raise ValueError(f"one of {', '.join(choices)}{suggest(str(value), choices)}")
+            raise ValueError(f"one of {', '.join(choices)}")
         return str(value)
 
     return read
@@ -110,7 +111,7 @@ def choice_or_code(*choices: str) -> Reader:
 
     def read(value: Any) -> str:
         if not isinstance(value, str) or not (value in choices or is_code(value)):
-            raise ValueError(f"one of {', '.join(choices)}, or module:name{suggest(str(value), choices)}")
+            raise ValueError(f"one of {', '.join(choices)}, or module:name")
         return value
 
     return read
@@ -174,7 +175,7 @@ def fractions(value: Any) -> dict[str, float]:
 
 def remaining(value: Any) -> float:
     """Weights remaining: ``0.05`` or ``5%``."""
-    if isinstance(value, str) and (match := re.fullmatch(r"\s*([\d.]+)\s*%\s*", value)):
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*", value)):
         value = float(match[1]) / 100
     result: float = number(0, 1, "weights remaining, as 0.05 or 5%", open_low=True, open_high=True)(value)
     return result
@@ -182,9 +183,9 @@ def remaining(value: Any) -> float:
 
 def validation(value: Any) -> float | int:
     """A number of examples, or a share."""
-    if isinstance(value, float) and not value.is_integer():
-        return float(open_fraction(value))
     try:
+        if isinstance(value, float) and not value.is_integer():
+            return float(open_fraction(value))
         return int(whole(1)(value))
     except ValueError:
         raise ValueError("a number of examples (5000) or a fraction of the training set (0.1)") from None

@@ -122,7 +122,7 @@ class Run:
 
     replicates: int = _key(readers.whole(1), 1)
     """Independent repetitions: own initialisation, own data order."""
-    seed: int = _key(readers.whole(0), 0)
+    seed: int = _key(readers.whole(0, 2**63 - 1), 0)
     """Replicate r uses seed + r."""
     device: str = _key(readers.text, "auto")
     """auto, cpu, cuda, cuda:1, mps."""
@@ -186,6 +186,10 @@ class Recipe:
                 f"train.milestones: expected with schedule step, and only there, found {len(self.train.milestones)}"
                 f" with schedule {self.train.schedule}"
             )
+        if self.train.metric and self.run.replicates == 1 and self.run.tolerance is None:
+            faults.append(
+                "run.tolerance: expected a number, as one replicate of a metric of your own has no spread, found null"
+            )
         if faults:
             raise RecipeError("\n".join(faults))
         every = Duration(max(1, int(at(self.train.eval_every))))
@@ -226,7 +230,8 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe file that reads back to an equal recipe."""
-        return yaml.safe_dump(self.plain(), sort_keys=False, default_flow_style=None, width=100)
+        text: str = yaml.dump(self.plain(), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
+        return text
 
 
 def _plain(value: Any) -> Any:
@@ -306,6 +311,13 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that _Loader would read as numbers."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
 def parse_value(text: str) -> Any:
     """A value as YAML reads it, numbers as people write them; a text that is no YAML stays a text."""
     try:
@@ -382,5 +394,6 @@ def differences(ours: Recipe, theirs: Recipe) -> Iterator[str]:
         yield f"name: {b['name']} there, {a['name']} here"
     for section in SECTIONS:
         for key in a[section]:
-            if a[section][key] != b[section][key]:
+            reordered = key == "fraction" and list(a[section][key]) != list(b[section][key])  # the last match counts
+            if a[section][key] != b[section][key] or reordered:
                 yield f"{section}.{key}: {_shown(b[section][key])} there, {_shown(a[section][key])} here"

@@ -5,6 +5,7 @@ runs/NAME/  recipe.yaml  log.jsonl  init/  masks/  ticket.safetensors  evals/   
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -62,9 +63,9 @@ class RunDir:
         file = self.path / "log.jsonl"
         if not file.exists():
             return []
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        whole, _, _ = file.read_text(encoding="utf-8", errors="replace").rpartition("\n")
         entries = []
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(whole.splitlines(), 1):
             try:
                 entry = json.loads(line)
             except ValueError:
@@ -75,7 +76,7 @@ class RunDir:
                 and isinstance(entry.get("replicate"), int)
             ):
                 entries.append(entry)
-            elif number < len(lines):
+            else:
                 raise TicketfindError(
                     f"{file}, line {number}: expected a JSON object of a finished training, found {line[:60]!r}"
                 )
@@ -156,9 +157,19 @@ def _names(path: Path) -> Iterator[Path]:
 
 
 def begin(run: RunDir, recipe: Recipe) -> None:
-    """Make the directory and write the recipe, if that is not done; point runs/latest to it."""
+    """Make the directory and write the recipe, if that is not done."""
     if not run.recipe_file.exists():
         files.write_text(run.recipe_file, recipe.to_yaml())
+
+
+def forget_unstarted(run: RunDir) -> None:
+    """Remove what `begin` made, if no training has finished: a search that fails at once leaves nothing."""
+    if not run.log():
+        shutil.rmtree(run.path, ignore_errors=True)
+
+
+def make_latest(run: RunDir) -> None:
+    """Point runs/latest to `run`."""
     with suppress(OSError):  # a file system without symbolic links: bare commands then ask for a run
         RUNS.mkdir(exist_ok=True)
         temporary = RUNS / f".latest-{os.getpid()}.tmp"

@@ -4,10 +4,11 @@ import json
 import math
 import platform
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ticketfind import TicketfindError, __version__, engine, masks, results, rundir
 from ticketfind.masks import Masks, ScoreFn
@@ -16,7 +17,7 @@ from ticketfind.recipe import Recipe
 from ticketfind.rundir import RunDir
 from ticketfind.tensorfile import read_tensors, save_tensors
 from ticketfind.ticket import Provenance, Ticket
-from ticketfind.train import Arm, Outcome, Task, derived_seed, fit, is_disconnected
+from ticketfind.train import Arm, Outcome, State, Task, derived_seed, fit, is_disconnected
 
 
 class Watch(Protocol):
@@ -89,89 +90,108 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
     return Plan(candidates, groups, kept, rewind, moves, iterations, memory, disk)
 
 
-def search(recipe: Recipe, task: Task, run: RunDir, score: ScoreFn, watch: Watch) -> list[results.Round]:
+def search(recipe: Recipe, task: Task, run: RunDir, plan: Plan, score: ScoreFn, watch: Watch) -> list[results.Round]:
     """Run (or go on with) the search of a resolved recipe in `run`; its finished rounds.
 
     Each (round, replicate) is on disk before the next begins; the winner's ticket is written at the end.
     """
-    plan = make_plan(recipe, task.model)
     rundir.begin(run, recipe)
-    logged = {(line["round"], line["replicate"]) for line in run.log()}
-    replicates = range(recipe.run.replicates)
-    watch.begin(sum(plan.iterations) * len(replicates), sum(plan.iterations[round] for round, _ in logged))
-    for round in range(len(plan.kept)):
-        todo = [r for r in replicates if (round, r) not in logged]
-        arms = [_arm(recipe, task, run, plan, round, r, watch) for r in todo]
-        keep_at = plan.rewind if round == 0 else None
-        trained = fit(arms, task, recipe.train, way=recipe.run.engine, keep_at=keep_at, tick=watch.tick)
-        for replicate, (arm, outcome) in zip(todo, trained, strict=True):
-            _finish(recipe, task, run, plan, round, replicate, arm, outcome, score)
-        watch.round(finished_rounds(run, recipe)[round])
-    rounds = finished_rounds(run, recipe)
-    winner = results.winner_of(rounds)
-    if winner is not None and not run.ticket_file.exists():
-        load(run, winner.round, winner.best_replicate).save(run.ticket_file)
-    run.finish()
-    return rounds
+    try:
+        return _Job(recipe, task, run, plan, score, watch).rounds()
+    except TicketfindError:
+        rundir.forget_unstarted(run)
+        raise
 
 
-def _arm(recipe: Recipe, task: Task, run: RunDir, plan: Plan, round: int, replicate: int, watch: Watch) -> Arm:
-    name, seed = f"round {round}, replicate {replicate}", recipe.run.seed + replicate
-    if round == 0:
-        return Arm(name, task.start(seed), {}, seed)
-    start, _ = read_tensors(run.start_file(replicate, round if plan.moves else None), "rewind point")
-    mask, _ = read_tensors(run.mask_file(round, replicate), "mask")
-    emptied = [parameter for parameter, kept in mask.items() if not bool(kept.any())]
-    if emptied:
-        watch.note(f"{name}: no weight is left in {', '.join(emptied)}")
-        if not recipe.prune.allow_collapse and is_disconnected(task, start, mask):
-            raise TicketfindError(
-                f"{name}: no weight is left in {', '.join(emptied)}, and the output no longer depends on the input;"
-                " use scope layer, fewer rounds, or --set prune.allow_collapse=true"
-            )
-    return Arm(name, start, mask, seed, plan.rewind)
+@dataclass(frozen=True)
+class _Job:
+    """A search under way: what all its steps need."""
+
+    recipe: Recipe
+    task: Task
+    run: RunDir
+    plan: Plan
+    score: ScoreFn
+    watch: Watch
+
+    def rounds(self) -> list[results.Round]:
+        recipe, plan, run = self.recipe, self.plan, self.run
+        logged = {(line["round"], line["replicate"]) for line in run.log()}
+        replicates = range(recipe.run.replicates)
+        self.watch.begin(sum(plan.iterations) * len(replicates), sum(plan.iterations[round] for round, _ in logged))
+        for round in range(len(plan.kept)):
+            todo = [replicate for replicate in replicates if (round, replicate) not in logged]
+            arms = [self.arm(round, replicate) for replicate in todo]
+            keep_at = plan.rewind if round == 0 else None
+            trained = fit(arms, self.task, recipe.train, way=recipe.run.engine, keep_at=keep_at, tick=self.watch.tick)
+            for replicate, (arm, outcome) in zip(todo, trained, strict=True):
+                self.finish(round, replicate, arm, outcome)
+            rundir.make_latest(run)
+            self.watch.round(finished_rounds(run, recipe)[round])
+        rounds = finished_rounds(run, recipe)
+        winner = results.winner_of(rounds)
+        if winner is not None:
+            load(run, winner.round, winner.best_replicate).save(run.ticket_file)
+        run.finish()
+        return rounds
+
+    def arm(self, round: int, replicate: int) -> Arm:
+        """Train from initialisation in round 0, then from the rewind point under the mask drawn before."""
+        name, seed = f"round {round}, replicate {replicate}", self.recipe.run.seed + replicate
+        if round == 0:
+            return Arm(name, self.task.start(seed), {}, seed)
+        start, _ = read_tensors(self.start_file(round, replicate), "rewind point")
+        mask, _ = read_tensors(self.run.mask_file(round, replicate), "mask")
+        emptied = ", ".join(parameter for parameter, kept in mask.items() if not bool(kept.any()))
+        if emptied:
+            self.watch.note(f"{name}: no weight is left in {emptied}")
+            if not self.recipe.prune.allow_collapse and is_disconnected(self.task, start, mask):
+                raise TicketfindError(
+                    f"{name}: no weight is left in {emptied}, and the output no longer depends on the input;"
+                    " use scope layer, fewer rounds, or --set prune.allow_collapse=true"
+                )
+        return Arm(name, start, mask, seed, self.plan.rewind)
+
+    def finish(self, round: int, replicate: int, arm: Arm, outcome: Outcome) -> None:
+        """Draw the next round's mask, and put everything about this training on disk; the log line last."""
+        plan, old = self.plan, arm.masks or masks.dense(self.plan.shapes)
+        revived = masks.nonzero_outside(old, outcome.final)
+        assert not revived, f"{arm.name}: pruned weights are not zero in {revived}"
+        start = arm.start
+        if round == 0:
+            if not plan.moves:
+                assert outcome.kept is not None
+                start = outcome.kept
+            about = {"ticketfind": json.dumps(_about_start(arm.start, plan, self.task))}
+            save_tensors(self.start_file(0, replicate), start, about)
+        if round + 1 < len(plan.kept):
+            new = self.prune(round, replicate, old, outcome.final, start)
+            assert masks.nested(new, old), f"{arm.name}: a pruned weight has come back"
+            assert masks.count(new) == plan.kept[round + 1], f"{arm.name}: {masks.count(new)} weights kept"
+            if plan.moves:
+                _, about = read_tensors(self.start_file(0, replicate), "rewind point")
+                save_tensors(self.start_file(round + 1, replicate), outcome.final, about)
+            save_tensors(self.run.mask_file(round + 1, replicate), new)
+        self.run.append(_log_line(round, replicate, old, outcome, len(self.task.data.test)))
+
+    def prune(self, round: int, replicate: int, old: Masks, final: State, start: State) -> Masks:
+        """Score on the training device, keep the highest."""
+        device = self.task.device
+        trained = {name: final[name].to(device) for name in self.plan.shapes}
+        initial = {name: start[name].to(device) for name in self.plan.shapes}
+        seed = derived_seed(self.recipe.run.seed + replicate, "score", round)
+        scores = masks.score(self.score, trained, initial, seed=seed)
+        drawn = masks.prune({name: mask.to(device) for name, mask in old.items()}, scores, self.plan.groups)
+        return {name: mask.cpu() for name, mask in drawn.items()}
+
+    def start_file(self, round: int, replicate: int) -> Path:
+        """Where the weights that a round starts from are kept."""
+        return self.run.start_file(replicate, round if self.plan.moves else None)
 
 
-def _finish(
-    recipe: Recipe, task: Task, run: RunDir, plan: Plan, round: int, replicate: int, arm: Arm, outcome: Outcome,
-    score: ScoreFn,
-) -> None:  # fmt: skip
-    """Draw the next round's mask, and put everything about this training on disk; the log line last."""
-    seed = recipe.run.seed + replicate
-    start = arm.start
-    old = arm.masks or masks.dense(plan.shapes)
-    revived = masks.nonzero_outside(old, outcome.final)
-    assert not revived, f"{arm.name}: pruned weights are not zero in {revived}"
-    if round == 0:
-        if not plan.moves:
-            assert outcome.kept is not None
-            start = outcome.kept
-        about = _about_start(arm.start, plan, task)
-        save_tensors(run.start_file(replicate, 0 if plan.moves else None), start, {"ticketfind": json.dumps(about)})
-    if round + 1 < len(plan.kept):
-        new = _prune(old, outcome.final, start, plan, score, derived_seed(seed, "score", round))
-        assert masks.nested(new, old), f"{arm.name}: a pruned weight has come back"
-        assert masks.count(new) == plan.kept[round + 1], f"{arm.name}: {masks.count(new)} weights kept"
-        if plan.moves:
-            _, about_start = read_tensors(run.start_file(replicate, 0), "rewind point")
-            save_tensors(run.start_file(replicate, round + 1), outcome.final, about_start)
-        save_tensors(run.mask_file(round + 1, replicate), new)
-    run.append(_log_line(round, replicate, old, outcome, len(task.data.test)))
-
-
-def _about_start(initial: dict[str, Tensor], plan: Plan, task: Task) -> dict[str, Any]:
+def _about_start(initial: State, plan: Plan, task: Task) -> dict[str, Any]:
     sigma = {name: float(initial[name].double().std(correction=0)) for name in plan.shapes}
     return {"iteration": plan.rewind, "sigma": sigma, "aliases": masks.aliases(task.model)}
-
-
-def _prune(
-    old: Masks, final: dict[str, Tensor], start: dict[str, Tensor], plan: Plan, score: ScoreFn, seed: int
-) -> Masks:
-    trained = {name: final[name] for name in plan.shapes}
-    device = next(iter(trained.values())).device
-    scores = masks.score(score, trained, {name: start[name].to(device) for name in trained}, seed=seed)
-    drawn = masks.prune({name: mask.to(device) for name, mask in old.items()}, scores, plan.groups)
-    return {name: mask.cpu() for name, mask in drawn.items()}
 
 
 def _log_line(round: int, replicate: int, mask: Masks, outcome: Outcome, test_size: int) -> dict[str, Any]:
@@ -202,7 +222,7 @@ def load(run: RunDir, round: int, replicate: int) -> Ticket:
     recipe = run.recipe()
     rounds = finished_rounds(run, recipe)
     if not 1 <= round < len(rounds):
-        raise TicketfindError(f"{run.path}: round: expected 1 to {len(rounds) - 1} (finished, pruned), found {round}")
+        raise _no_round(run, rounds, round)
     if not 0 <= replicate < recipe.run.replicates:
         raise TicketfindError(f"{run.path}: replicate: expected 0 to {recipe.run.replicates - 1}, found {replicate}")
     mask, _ = read_tensors(run.mask_file(round, replicate), "mask")
@@ -218,6 +238,11 @@ def load(run: RunDir, round: int, replicate: int) -> Ticket:
         **json.loads(metadata["ticketfind"]),
     )
     return Ticket(mask, start, about)
+
+
+def _no_round(run: RunDir, rounds: list[results.Round], round: int) -> TicketfindError:
+    there = f"1 to {len(rounds) - 1}" if len(rounds) > 1 else "a finished pruned round, of which the run has none"
+    return TicketfindError(f"{run.path}: round: expected {there}, found {round}")
 
 
 def chosen_round(run: RunDir, round: int | None) -> results.Round:

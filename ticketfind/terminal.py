@@ -29,19 +29,22 @@ class Screen:
     def print(self, renderable: Any = "") -> None:
         """Something for people."""
         if not self.quiet and not self.as_json:
-            self.console.print(renderable, soft_wrap=isinstance(renderable, str), highlight=False)
+            self.console.print(renderable, highlight=False)
 
     def message(self, text: str) -> None:
         """A line about what goes on, escaped; with --json to stderr."""
         if not self.quiet:
-            self.console.print(escape(printable(text)), soft_wrap=True, highlight=False)
+            self._line(text)
 
     def result(self, line: str, data: Mapping[str, Any]) -> None:
         """The outcome: `line` for people (with -q too), `data` with --json."""
         if self.as_json:
             print(dump(data))
         else:
-            self.console.print(escape(printable(line)), soft_wrap=True, highlight=False)
+            self._line(line)
+
+    def _line(self, text: str) -> None:
+        self.console.print(escape(printable(text)), soft_wrap=not self.console.is_terminal, highlight=False)
 
 
 def _console(*, stderr: bool) -> Console:
@@ -63,7 +66,7 @@ def error(text: str) -> None:
     """An error on stderr, a line each."""
     console = Console(stderr=True)
     for line in printable(text).splitlines():
-        console.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True, highlight=False)
+        console.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=not console.is_terminal, highlight=False)
 
 
 # ---------------------------------------------------------------------------------------------- numbers

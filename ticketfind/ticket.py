@@ -129,7 +129,7 @@ class Ticket:
         about = {"format": FORMAT, "layout": layout, "remaining": self.remaining, **asdict(self.about)}
         tensors = {f"init/{name}": value for name, value in self.init.items()}
         if layout == "compact":
-            about["shapes"] = {name: list(mask.shape) for name, mask in self.masks.items()}
+            about["shapes"] = {name: list(mask.shape) for name, mask in sorted(self.masks.items())}
             tensors |= {f"init/{name}": self.init[name][mask] for name, mask in self.masks.items()}
             tensors |= {f"mask/{name}": pack_bits(mask) for name, mask in self.masks.items()}
         elif not self.complete:
@@ -158,9 +158,15 @@ def load_ticket(path: Path | str) -> Ticket:
         if name not in init or init[name].shape != mask.shape:
             found = tuple(init[name].shape) if name in init else "none"
             raise TicketfindError(f"{path}: init/{name}: expected the mask's shape {tuple(mask.shape)}, found {found}")
-    if not found_masks:
+    if not any(mask.numel() for mask in found_masks.values()):
         raise TicketfindError(f"{path}: expected masks (mask/...), found none: not a ticket")
-    return Ticket(found_masks, init, _provenance(path, about), complete=not compact)
+    provenance = _provenance(path, about)
+    for alias, name in provenance.aliases.items():
+        if not isinstance(name, str) or (
+            name in found_masks and (alias not in init or init[alias].shape != init[name].shape)
+        ):
+            raise TicketfindError(f"{path}: metadata aliases: expected {alias} to be tied to a mask, found {name!r}")
+    return Ticket(found_masks, init, provenance, complete=not compact)
 
 
 def _read_about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -223,7 +229,7 @@ def _unpack(path: Path, packed: Masks, init: dict[str, Tensor], shapes: Any) -> 
         n = 1
         for side in raw:
             n *= side
-        if packed[name].dtype != torch.uint8 or packed[name].numel() != (n + 7) // 8 or name not in init:
+        if packed[name].dtype != torch.uint8 or packed[name].shape != ((n + 7) // 8,) or name not in init:
             raise TicketfindError(f"{path}: mask/{name}: expected {(n + 7) // 8} bytes and init/{name} for shape {raw}")
         mask = unpack_bits(packed[name], tuple(raw))
         if init[name].numel() != int(mask.sum()):

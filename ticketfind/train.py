@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ticketfind import TicketfindError, engine
 from ticketfind.data import Data
 from ticketfind.engine import LossFn, Tick
-from ticketfind.masks import Masks, masked
+from ticketfind.masks import Masks
 from ticketfind.recipe import Train
 from ticketfind.results import Measured
 
@@ -119,7 +119,7 @@ def fit(
 
     way: how the arms share the device, as `engine.choose` says; the numbers do not depend on it beyond rounding.
     keep_at: iteration whose weights are kept in the outcome. tick: told of the iterations done.
-    Raises TicketfindError, naming the arm and the iteration, where a loss is no longer finite.
+    Raises TicketfindError, naming the arm, where a loss is no longer finite (the iteration too) or the training fails.
     """
 
     def train(index: int, tick: Tick) -> Outcome:
@@ -130,6 +130,11 @@ def fit(
                 f"{arms[index].name}: the loss is not finite at iteration {error.iteration};"
                 f" try a lower --lr (now {how.lr:g}), or look at the data"
             ) from None
+        except TicketfindError:
+            raise
+        except Exception as error:
+            text = " ".join(str(error).split())
+            raise TicketfindError(f"{arms[index].name}: training failed: {type(error).__name__}: {text}") from error
 
     yield from zip(arms, engine.each(way, len(arms), train, tick), strict=True)
 
@@ -164,9 +169,7 @@ def _fit_one(arm: Arm, task: Task, how: Train, keep_at: int | None, tick: Tick) 
 @torch.no_grad()
 def is_disconnected(task: Task, start: State, masks: Masks) -> bool:
     """True if the masked network gives every input the same output."""
-    state = task.model.state_dict()
-    for name, value in masked(start, masks).items():
-        state[name].copy_(value)
+    engine.put(task.model, start, masks)
     task.model.eval()
     outputs = task.model(task.data.test.inputs[:64])
     return bool((outputs == outputs[:1]).all())

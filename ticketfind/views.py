@@ -55,7 +55,7 @@ def show_search(screen: Screen, run: "RunDir", rounds: Sequence[Round], seconds:
         "no winner: no pruned round matches the dense network;"
         " try more --replicates, a later --rewind or a smaller --prune"
         if winner is None
-        else f"winner: {_winner(winner)} (dense {spread(rounds[0].stats.accuracy_early)} %); ticket: {ticket}"
+        else f"winner: {_winner(winner)} (dense {spread(rounds[0].stats.accuracy_early)} %)\nticket: {ticket}"
     )
     dense = rounds[0].stats.json()
     screen.result(

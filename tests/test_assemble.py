@@ -1,0 +1,179 @@
+import sys
+
+import pytest
+import torch
+
+from ticketfind import TicketfindError, assemble, masks, models
+from ticketfind.recipe import RecipeError, from_layers
+
+USER = """
+import torch
+from torch import nn
+
+def pair(n): return torch.arange(64.0 * n).view(n, 1, 8, 8) / n, torch.arange(n) % 3
+def images(): return pair(40), pair(9)
+def values(): return tuple((x, y.float()[:, None]) for x, y in images())
+
+class Net(nn.Module):
+    def __init__(self, outputs=3):
+        super().__init__()
+        self.norm, self.fc = nn.BatchNorm2d(1), nn.Linear(64, outputs)
+    def forward(self, x): return self.fc(self.norm(x).flatten(1))
+
+class Pair(Net):
+    def forward(self, x): return super().forward(x), 1
+
+class Draws(Net):
+    def forward(self, x): return super().forward(x).unsqueeze(1)
+
+def mse(outputs, targets): return ((outputs - targets) ** 2).mean()
+def gain(outputs, targets): return -mse(outputs, targets)
+def each(outputs, targets): return (outputs - targets) ** 2
+def broken(outputs, targets): raise ValueError("no\\nw")
+def score(trained, initial): return trained
+number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def _same_path_afterwards(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+@pytest.fixture
+def user(tmp_path):
+    (tmp_path / "user.py").write_text(USER)
+    return f"{tmp_path}/user.py"
+
+
+def recipe(user, **settings):
+    base = {"model": {"spec": f"{user}:Net"}, "data": {"spec": f"{user}:images"}, "train": {"batch_size": 10}}
+    base["run"] = {"device": "cpu", "tolerance": 1}
+    for key, value in settings.items():
+        section, _, name = key.partition("_")
+        value = value.replace("user:", f"{user}:") if isinstance(value, str) else value
+        base.setdefault(section, {})[name] = value
+    return from_layers(base)
+
+
+def test_the_task_and_the_resolved_recipe(user):
+    resolved, task = assemble.assemble(recipe(user, train_iterations="2ep"))
+    assert [len(split) for split in (task.data.train, task.data.validation, task.data.test)] == [36, 4, 9]
+    assert (int(resolved.train.iterations), resolved.data.validation) == (7, 4)
+    assert (resolved.run.device, resolved.run.engine) == ("cpu", "eager")
+    assert task.device == torch.device("cpu")
+    assert task.loss(torch.tensor([[9.0, 0.0]]), torch.tensor([0])) < 0.001
+    assert task.metric(torch.tensor([[9.0, 0.0], [9.0, 0.0]]), torch.tensor([0, 1])) == 0.5
+
+
+def test_a_resolved_recipe_assembles_to_itself(user):
+    resolved, _ = assemble.assemble(recipe(user))
+    again, _ = assemble.assemble(from_layers(resolved.plain()))
+    assert again == resolved
+
+
+def test_fresh_starts_follow_from_the_seed_and_not_from_what_is_trained(user):
+    _, task = assemble.assemble(recipe(user))
+    first = task.start(5)
+    with torch.no_grad():
+        for parameter in task.model.parameters():
+            parameter.zero_()
+    assert all(torch.equal(value, first[name]) for name, value in task.start(5).items())
+    assert not torch.equal(task.start(6)["fc.weight"], first["fc.weight"])
+    assert {"norm.running_mean", "norm.num_batches_tracked"} <= first.keys()
+
+
+def test_a_checkpoint_is_where_every_replicate_starts(user, tmp_path):
+    saved = {f"module.{name}": value for name, value in models.source(f"{user}:Net", {}).new(77).state_dict().items()}
+    torch.save({"state_dict": saved}, tmp_path / "w.pt")
+    resolved, task = assemble.assemble(recipe(user, model_checkpoint=str(tmp_path / "w.pt")))
+    for seed in (0, 1):
+        start = task.start(seed)
+        assert all(torch.equal(start[name.removeprefix("module.")], value) for name, value in saved.items())
+    assert int(resolved.prune.rewind) == 0
+
+
+def test_an_allowed_mismatch_starts_fresh_in_each_replicate(user, tmp_path):
+    torch.save(models.source(f"{user}:Net", {"outputs": 9}).new(77).state_dict(), tmp_path / "w.pt")
+    asked = {"model_checkpoint": str(tmp_path / "w.pt")}
+    with pytest.raises(TicketfindError, match=r"other shape: fc\.weight \(3, 64\) in the model, \(9, 64\) in the file"):
+        assemble.assemble(recipe(user, **asked))
+    _, task = assemble.assemble(recipe(user, **asked, model_allow_mismatch=["fc.*"]))
+    assert not torch.equal(task.start(0)["fc.weight"], task.start(1)["fc.weight"])
+    assert task.given.keys() == {name for name in task.model.state_dict() if name.startswith("norm.")}
+
+
+def test_looking_whether_model_and_data_fit_changes_neither_statistics_nor_generator(user):
+    before = torch.get_rng_state()
+    _, task = assemble.assemble(recipe(user))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert task.model.norm.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data_spec": None}, "data.spec: expected the data to train on; give --data"),
+        ({"data_spec": "digits"}, "expected an output for each of digits's labels 0 to 9, found outputs of shape (3,)"),
+        ({"model_args": {"outputs": 2}}, "labels 0 to 2, found outputs of shape (2,)"),
+        ({"model_spec": "user:Draws"}, "labels 0 to 2, found outputs of shape (1, 3)"),
+        ({"model_spec": "user:Pair"}, "expected a tensor as its output, found tuple"),
+        ({"model_spec": "conv-2", "data_spec": "digits", "model_args": {"input_shape": [3, 8, 8]}},
+         "model 'conv-2': cannot take digits's inputs of shape (1, 8, 8), float32"),
+        ({"data_spec": "user:values"}, "expected class labels (whole numbers, one an example) for cross-entropy, found"
+         " float32 targets of shape (2, 1); give --loss and --metric"),
+        ({"train_loss": "user:broken"}, "user.py:broken: failed on outputs (2, 3) and targets (2,): ValueError: no w"),
+        ({"data_spec": "user:values", "train_loss": "user:each"}, "each: expected a scalar tensor, found shape (2, 3)"),
+        ({"data_spec": "user:values", "train_loss": "user:mse", "train_metric": "user:broken"},
+         "broken: failed on outputs (2, 3)"),
+        ({"train_loss": "user:number"}, "user.py:number': expected a function, found int"),
+        ({"train_loss": "user:gone"}, "has no 'gone'"),
+        ({"train_batch_size": 37}, "train.batch_size: expected at most the 36 training examples, found 37"),
+        ({"model_checkpoint": "gone.pt"}, "checkpoint gone.pt: no such file"),
+        ({"run_device": "abacus"}, "run.device: expected a device that works here, found 'abacus'"),
+    ],
+)  # fmt: skip
+def test_parts_that_do_not_fit_are_named(user, settings, message):
+    with pytest.raises(TicketfindError) as error:
+        assemble.assemble(recipe(user, **settings))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_regression_with_a_loss_and_a_metric_of_its_own(user):
+    _, task = assemble.assemble(
+        recipe(
+            user, data_spec="user:values", model_args={"outputs": 1}, train_loss="user:mse", train_metric="user:gain"
+        )
+    )
+    outputs, targets = torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [1.0]])
+    assert (task.loss(outputs, targets), task.metric(outputs, targets)) == (2, -2)
+
+
+def test_a_recipe_error_is_told_apart(user):
+    with pytest.raises(RecipeError):
+        assemble.assemble(recipe(user, train_batch_size=37))
+
+
+def test_score_functions(user):
+    assert assemble.score_function(recipe(user)) is masks.SCORES["magnitude"]
+    assert assemble.score_function(recipe(user, prune_score="user:score"))({"w": 1}, {}) == {"w": 1}
+    with pytest.raises(TicketfindError, match="expected a function, found int"):
+        assemble.score_function(recipe(user, prune_score="user:number"))
+
+
+def test_a_ticket_is_trained_again_without_its_checkpoint(user):
+    asked = from_layers(
+        {"model": {"spec": "resnet10t", "args": {"pretrained": True, "drop_rate": 0.1}, "checkpoint": "gone.pt",
+                   "allow_mismatch": ["fc.*"]}}
+    )  # fmt: skip
+    found = assemble.for_ticket(asked)
+    assert (found.model.checkpoint, found.model.allow_mismatch, found.model.args) == (None, (), {"drop_rate": 0.1})
+    assert (found.model.spec, found.train, found.prune) == ("resnet10t", asked.train, asked.prune)
+    own = recipe(user, model_args={"pretrained": True})
+    assert assemble.for_ticket(own).model.args == {"pretrained": True}  # the user's factory may mean something else
+
+
+def test_a_model_alone_is_sized_for_data_where_there_is_some():
+    for data, features in (("digits", 64), (None, 784)):
+        assert assemble.model_alone("lenet-300-100", {}, data, {}).fc1.in_features == features

@@ -1,0 +1,511 @@
+"""Steps against plain PyTorch, and arms side by side against arms one after another."""
+
+import copy
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import lr_scheduler
+
+from ticketfind import TicketfindError, engine
+from ticketfind.data import Split
+from ticketfind.engine import Diverged, Lane, learning_rate
+from ticketfind.recipe import Train
+from ticketfind.train import Arm, Task, cross_entropy, fit
+
+processes = pytest.mark.skipif(sys.platform != "linux", reason="arms side by side need Linux")
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": "sgd", "lr": 0.5},
+    "sgd-momentum-decay": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2},
+    "adam": {"optimizer": "adam", "lr": 1e-2},
+    "adam-decay": {"optimizer": "adam", "lr": 1e-2, "weight_decay": 1e-2},
+    "adamw": {"optimizer": "adamw", "lr": 1e-2, "weight_decay": 0.1},
+}
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "constant": {"schedule": "constant"},
+    "warmup": {"schedule": "constant", "warmup": 5},
+    "cosine": {"schedule": "cosine"},
+    "warmup-cosine": {"schedule": "cosine", "warmup": 6},
+    "step": {"schedule": "step", "milestones": [10, 21]},
+    "warmup-step": {"schedule": "step", "warmup": 4, "milestones": [10, 21]},
+}
+
+
+def torch_optimizer(model: nn.Module, how: Train) -> torch.optim.Optimizer:
+    """What a user of PyTorch would write for `how`."""
+    common = {"lr": how.lr, "weight_decay": how.weight_decay}
+    if how.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), momentum=how.momentum, foreach=False, **common)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[how.optimizer](
+        model.parameters(), foreach=False, **common
+    )
+
+
+def torch_scheduler(optimizer: torch.optim.Optimizer, how: Train) -> lr_scheduler.LRScheduler:
+    """PyTorch's own schedules, put together as `how` describes them."""
+    warmup, total = int(how.warmup), int(how.iterations)
+    rise = lr_scheduler.LinearLR(optimizer, 1 / max(warmup, 1), 1.0, total_iters=max(warmup - 1, 1))
+    if how.schedule == "constant":
+        return rise
+    if how.schedule == "step":
+        drops = lr_scheduler.MultiStepLR(optimizer, [int(m) for m in how.milestones], gamma=0.1)
+        return lr_scheduler.ChainedScheduler([rise, drops])
+    fall = lr_scheduler.CosineAnnealingLR(optimizer, T_max=total - warmup)
+    return lr_scheduler.SequentialLR(optimizer, [rise, fall], milestones=[warmup]) if warmup else fall
+
+
+def random_batches(count: int, size: int = 16) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(size, 12, generator=generator), torch.randint(0, 4, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def random_masks(model: nn.Module, keep: float = 0.3) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    weights = {name: p for name, p in model.named_parameters() if p.ndim > 1}
+    return {name: torch.rand(p.shape, generator=generator) < keep for name, p in weights.items()}
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def nothing(_: int) -> None:
+    """A tick for nobody."""
+
+
+# ------------------------------------------------------------------------------------------------- one arm
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("net", ["mlp", "normed"])
+def test_masked_training_is_what_plain_pytorch_does(
+    net: str, optimizer: str, schedule: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    how = make_train(iterations=30, **OPTIMIZERS[optimizer], **SCHEDULES[schedule])
+    model = make_task(net).model
+    masks, batches, start = random_masks(model), random_batches(30), state_of(model)
+
+    plain = copy.deepcopy(model)
+    masked = [(dict(plain.named_parameters())[name], mask) for name, mask in masks.items()]
+    for parameter, mask in masked:
+        parameter.data *= mask
+    torchs = torch_optimizer(plain, how)
+    scheduler = torch_scheduler(torchs, how)
+    losses = []
+    plain.train()
+    for inputs, targets in batches:
+        torchs.zero_grad()
+        loss = F.cross_entropy(plain(inputs), targets)
+        loss.backward()
+        for parameter, mask in masked:
+            parameter.grad *= mask
+        torchs.step()
+        scheduler.step()
+        for parameter, mask in masked:
+            parameter.data *= mask
+        losses.append(float(loss.detach()))
+
+    lane = Lane(model, start, masks, how, cross_entropy, seed=0)
+    found = lane.advance(batches, 0, nothing)
+
+    assert found == pytest.approx(losses, abs=1e-6)
+    for name, expected in plain.state_dict().items():
+        torch.testing.assert_close(lane.state()[name], expected, rtol=0, atol=1e-6, msg=name)
+    moved = (lane.state()["fc1.weight"] - start["fc1.weight"])[masks["fc1.weight"]]
+    assert moved.abs().max() > 3e-3  # the comparison was of something
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_learning_rates_are_those_of_pytorchs_schedulers(schedule: str, make_train: Callable[..., Train]) -> None:
+    how = make_train(iterations=30, lr=0.4, **SCHEDULES[schedule])
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=how.lr)
+    scheduler = torch_scheduler(optimizer, how)
+    expected = []
+    for _ in range(30):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert [learning_rate(how, i) for i in range(30)] == pytest.approx(expected, rel=1e-9)
+
+
+def test_learning_rates_by_hand(make_train: Callable[..., Train]) -> None:
+    """Warmup ends at the full rate; cosine is half way down in the middle; milestones count from iteration 0."""
+    cosine = make_train(iterations=24, lr=0.8, schedule="cosine", warmup=4)
+    assert [learning_rate(cosine, i) for i in (0, 1, 3, 4, 14)] == pytest.approx([0.2, 0.4, 0.8, 0.8, 0.4])
+    assert 0 < learning_rate(cosine, 23) < 0.01
+    step = make_train(iterations=24, lr=0.8, schedule="step", milestones=[10, 20])
+    assert [learning_rate(step, i) for i in (9, 10, 19, 20)] == pytest.approx([0.8, 0.08, 0.08, 0.008])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_pruned_weights_are_exactly_zero_at_every_step(
+    optimizer: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    model = make_task("normed").model
+    masks = random_masks(model)
+    weights = dict(model.named_parameters())
+    lane = Lane(
+        model, state_of(model), masks, make_train(iterations=50, **OPTIMIZERS[optimizer]), cross_entropy, seed=0
+    )
+
+    def all_zero() -> bool:
+        return all(torch.equal(weights[name] == 0, ~mask) for name, mask in masks.items())
+
+    assert all_zero()
+    seen = []
+    lane.advance(random_batches(50), 0, lambda n: seen.append((n, all_zero())))
+    assert seen == [(1, True)] * 50  # survivors are not zero, pruned weights are, after every single step
+
+
+@pytest.mark.parametrize("net", ["mlp", "normed"])
+def test_a_lane_starts_from_exactly_what_it_is_given(
+    net: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    """Nothing of the model's previous training is left: weights, statistics, optimizer state."""
+    task, how, batches = make_task(net), make_train(momentum=0.9), random_batches(6)
+    start, masks = task.start(3), random_masks(task.model)
+    Lane(task.model, task.start(4), {}, how, cross_entropy, seed=0).advance(batches, 0, nothing)
+    lane = Lane(task.model, start, masks, how, cross_entropy, seed=0)
+    for name, value in lane.state().items():
+        expected = start[name] * masks[name] if name in masks else start[name]
+        assert torch.equal(value, expected), name
+    losses = lane.advance(batches, 0, nothing)
+    assert losses == Lane(make_task(net).model, start, masks, how, cross_entropy, seed=0).advance(batches, 0, nothing)
+
+
+def test_tied_weights_are_masked_under_all_their_names(
+    make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    task = make_task("tied")
+    mask = torch.rand(12, 12, generator=torch.Generator().manual_seed(0)) < 0.3
+    start = task.start(1)
+    lane = Lane(task.model, start, {"encode.weight": mask}, make_train(), cross_entropy, seed=0)
+    for name in ("encode.weight", "decode.weight"):
+        assert torch.equal(lane.state()[name], start[name] * mask), name
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_frozen_and_sometimes_unused_parameters_are_left_alone_as_in_pytorch(
+    optimizer: str, make_train: Callable[..., Train]
+) -> None:
+    """Stochastic depth: a layer takes no part in the first steps, and joins later."""
+
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early, self.late, self.frozen = nn.Linear(12, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.frozen.requires_grad_(False)
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            x = self.early(x)
+            return self.frozen(self.late(x) if self.calls > 2 else x)
+
+    how, batches = make_train(**OPTIMIZERS[optimizer]), random_batches(5)
+    model = Skipping()
+    plain = copy.deepcopy(model)
+    start = state_of(model)
+    torchs = torch_optimizer(plain, how)
+    for inputs, targets in batches:
+        torchs.zero_grad()
+        F.cross_entropy(plain(inputs), targets).backward()
+        torchs.step()
+    lane = Lane(model, start, {}, how, cross_entropy, seed=0)
+    lane.advance(batches, 0, nothing)
+    for name, expected in plain.state_dict().items():
+        torch.testing.assert_close(lane.state()[name], expected, rtol=0, atol=1e-6, msg=name)
+    assert torch.equal(lane.state()["frozen.weight"], start["frozen.weight"])
+    assert not torch.equal(lane.state()["late.weight"], start["late.weight"])
+
+
+def test_advance_takes_the_schedule_up_where_it_is_told(
+    make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    """In two parts as in one; and from iteration 20 with iteration 20's learning rate."""
+    how, batches = make_train(iterations=30, schedule="cosine", warmup=5, momentum=0.9), random_batches(30)
+    task = make_task()
+    start = task.start(0)
+    whole = Lane(make_task().model, start, {}, how, cross_entropy, seed=0)
+    parts = Lane(task.model, start, {}, how, cross_entropy, seed=0)
+    losses = whole.advance(batches, 0, nothing)
+    assert losses == parts.advance(batches[:13], 0, nothing) + parts.advance(batches[13:], 13, nothing)
+    assert all(torch.equal(value, parts.state()[name]) for name, value in whole.state().items())
+
+    lane = Lane(task.model, start, {}, make_train(iterations=30, schedule="cosine"), cross_entropy, seed=0)
+    lane.advance(batches[:1], 20, nothing)
+    rate = 0.1 * 0.5 * (1 + math.cos(math.pi * 20 / 30))
+    plain = make_task().model
+    plain.load_state_dict(start)
+    F.cross_entropy(plain(batches[0][0]), batches[0][1]).backward()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(lane.state()[name], start[name] - rate * parameter.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_dropout_follows_the_lanes_seed(make_train: Callable[..., Train]) -> None:
+    def losses(seed: int) -> list[float]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.5), nn.Linear(16, 4))
+            start = state_of(model)
+            torch.rand(seed)  # whatever was drawn before does not matter
+            lane = Lane(model, start, {}, make_train(), cross_entropy, seed)
+            return lane.advance(random_batches(4), 0, nothing)
+
+    assert losses(1) == losses(1)
+    assert losses(1) != losses(2)
+
+
+def test_measure_is_the_mean_over_the_examples_in_evaluation_mode(make_train: Callable[..., Train]) -> None:
+    """Large inputs are taken a few at a time, and the last, smaller batch does not weigh more."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.fc = nn.BatchNorm1d(8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.norm(F.adaptive_avg_pool1d(x.flatten(1).unsqueeze(1), 8).squeeze(1)))
+
+    generator = torch.Generator().manual_seed(0)
+    split = Split(torch.randn(10, 2**18, generator=generator), torch.arange(10) % 4)
+    model = Pooled()
+    lane = Lane(model, state_of(model), {}, make_train(), cross_entropy, seed=0)
+    sizes = []
+
+    def count(outputs: Tensor, targets: Tensor) -> Tensor:
+        sizes.append(len(targets))
+        return torch.tensor(0.0)
+
+    loss, hits, _ = lane.measure(
+        split, (cross_entropy, lambda o, t: (o.argmax(1) == t).double().mean(), count), batch_size=3
+    )
+    assert sizes == [4, 4, 2]  # 2**20 numbers at once
+    model.eval()
+    with torch.no_grad():
+        outputs = model(split.inputs)
+        assert loss == pytest.approx(float(F.cross_entropy(outputs, split.targets)), rel=1e-6)
+        assert hits == int((outputs.argmax(1) == split.targets).sum()) / 10
+    assert int(model.norm.num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_first_loss_that_is_not_finite_is_named(
+    bad: float, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    model = make_task().model
+    batches = random_batches(8)
+    batches[5][0][0, 0] = bad
+    lane = Lane(model, state_of(model), {}, make_train(), cross_entropy, seed=0)
+    with pytest.raises(Diverged) as caught:
+        lane.advance(batches, 100, nothing)
+    assert caught.value.iteration == 105
+
+
+# -------------------------------------------------------------------------------------------- several arms
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "arms", "parameters", "cores", "expected"),
+    [
+        ("auto", "cpu", 5, 1000, 2, "processes"),
+        ("auto", "cpu", 1, 1000, 2, "eager"),
+        ("auto", "cpu", 5, 1000, 1, "eager"),
+        ("auto", "cpu", 5, engine.SMALL_MODEL + 1, 2, "eager"),
+        ("auto", "cuda", 5, 1000, 2, "eager"),
+        ("eager", "cpu", 5, 1000, 2, "eager"),
+        ("processes", "cpu", 1, 10**9, 2, "processes"),
+    ],
+)
+@processes
+def test_choose(
+    requested: str, device: str, arms: int, parameters: int, cores: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "cores", lambda: cores)
+    assert engine.choose(requested, torch.device(device), arms=arms, parameters=parameters) == expected
+
+
+@pytest.mark.parametrize(("device", "cores"), [("cuda", 8), ("cpu", 1)])
+def test_choose_refuses_what_is_not_possible(device: str, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "cores", lambda: cores)
+    with pytest.raises(TicketfindError, match=r"run\.engine: processes needs Linux and several CPU cores"):
+        engine.choose("processes", torch.device(device), arms=5, parameters=1)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "nonsense", "meta2"])
+def test_a_device_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(TicketfindError, match=f"run.device: expected a device that works here, found '{name}'"):
+        engine.resolve_device(name)
+
+
+@processes
+@pytest.mark.parametrize("net", ["mlp", "normed"])
+def test_side_by_side_and_one_after_another_give_the_same_bits(
+    net: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    task, how = make_task(net), make_train(optimizer="adam", lr=1e-2, schedule="cosine", warmup=2)
+    masks = random_masks(task.model)
+    arms = [
+        Arm(f"arm {seed}", task.start(seed), masks if seed % 2 else {}, seed, first=seed // 3 * 5) for seed in range(6)
+    ]
+    ticks: dict[str, int] = dict.fromkeys(("eager", "processes"), 0)
+
+    def count(way: str) -> Callable[[int], None]:
+        def tick(n: int) -> None:
+            ticks[way] += n
+
+        return tick
+
+    before = torch.get_rng_state()
+    found = {way: list(fit(arms, task, how, way=way, keep_at=5, tick=count(way))) for way in ticks}
+    assert torch.equal(torch.get_rng_state(), before)  # a search leaves the user's generator alone
+    assert ticks == dict.fromkeys(ticks, 3 * 12 + 3 * 7)
+    for (arm, one), (other_arm, other), expected in zip(found["eager"], found["processes"], arms, strict=True):
+        assert arm is expected and other_arm is expected  # in order
+        assert one.points == other.points and len(one.points) > 1
+        for a, b in ((one.final, other.final), (one.kept, other.kept)):
+            assert a is not None and b is not None and a.keys() == b.keys()
+            assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@processes
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_results_come_in_order_whatever_finishes_first(count: int) -> None:
+    def train(index: int, tick: Callable[[int], None]) -> int:
+        time.sleep(0.05 if index % 2 == 0 else 0)
+        return index**2
+
+    assert list(engine.each("processes", count, train, nothing)) == [index**2 for index in range(count)]
+    assert not multiprocessing.active_children()
+
+
+class Picky(Exception):
+    """Pickles, and does not unpickle."""
+
+    def __init__(self, what: str, how: str) -> None:
+        super().__init__(f"{what} is {how}")
+
+
+def fail_plainly() -> None:
+    raise ValueError("no such thing")
+
+
+def fail_pickily() -> None:
+    raise Picky("it", "broken")
+
+
+def fail_locally() -> None:
+    class Local(Exception):
+        """Does not even pickle."""
+
+    raise Local("far away")
+
+
+@pytest.mark.parametrize("way", ["eager", pytest.param("processes", marks=processes)])
+@pytest.mark.parametrize(
+    ("fail", "text"),
+    [(fail_plainly, "no such thing"), (fail_pickily, "it is broken"), (fail_locally, "far away")],
+)
+def test_an_exception_in_a_training_names_the_arm(
+    way: str, fail: Callable[[], None], text: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        if outputs.shape[0] == 16 and bool((outputs == 0).all()):
+            fail()
+        return cross_entropy(outputs, targets)
+
+    task = make_task(loss=loss)
+    zero = {name: torch.zeros_like(value) for name, value in task.start(0).items()}
+    arms = [Arm("good", task.start(0), {}, 0), Arm("round 7, replicate 2", zero, {}, 0)]
+    with pytest.raises(TicketfindError, match=rf"^round 7, replicate 2: .*{text}$"):
+        list(fit(arms, task, make_train(), way=way))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("way", ["eager", pytest.param("processes", marks=processes)])
+def test_a_loss_that_is_not_finite_names_arm_and_iteration(
+    way: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    """The arm whose start holds a huge weight overflows; the message says where, and what to try."""
+    task = make_task()
+    huge = {name: value * 1e30 for name, value in task.start(0).items()}
+    arms = [Arm("round 0, replicate 0", task.start(0), {}, 0), Arm("round 0, replicate 1", huge, {}, 1, first=3)]
+    with pytest.raises(TicketfindError, match=r"^round 0, replicate 1: the loss is not finite at iteration 3;.*--lr"):
+        list(fit(arms, task, make_train(), way=way))
+    assert not multiprocessing.active_children()
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@processes
+def test_a_child_that_dies_is_reported_and_the_others_are_ended(
+    tmp_path: Path, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        assert os.getpid() != parent
+        (tmp_path / str(os.getpid())).touch()
+        if bool((outputs == 0).all()):
+            while len(list(tmp_path.iterdir())) < 3:
+                time.sleep(0.01)
+            os._exit(7)
+        time.sleep(60)
+        return cross_entropy(outputs, targets)
+
+    parent = os.getpid()
+    task = make_task(loss=loss)
+    zero = {name: torch.zeros_like(value) for name, value in task.start(0).items()}
+    arms = [Arm(f"arm {i}", start, {}, 0) for i, start in enumerate((task.start(0), zero, task.start(1)))]
+    began = time.monotonic()
+    with pytest.raises(TicketfindError, match=r"a training process was killed \(exit code 7\).*--engine eager"):
+        list(fit(arms, task, make_train(), way="processes"))
+    assert time.monotonic() - began < 30
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(pids) == 3 and not any(map(alive, pids))
+    assert not multiprocessing.active_children()
+
+
+@processes
+def test_a_child_that_dies_while_it_reports_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half_a_message(sending: Any, *_: Any) -> None:
+        os.write(sending.fileno(), (100).to_bytes(4, "big") + b"x" * 50)
+        os._exit(9)
+
+    monkeypatch.setattr(engine, "_child", half_a_message)
+    with pytest.raises(TicketfindError, match=r"a training process was killed \(exit code 9\)"):
+        list(engine.each("processes", 1, lambda index, tick: None, nothing))
+
+
+@processes
+def test_an_interrupt_ends_the_children(tmp_path: Path) -> None:
+    def train(index: int, tick: Callable[[int], None]) -> None:
+        (tmp_path / str(os.getpid())).touch()
+        time.sleep(60)
+
+    def tick(_: int) -> None:
+        if len(list(tmp_path.iterdir())) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.each("processes", 3, train, tick))
+    assert not any(alive(int(path.name)) for path in tmp_path.iterdir())
+    assert not multiprocessing.active_children()

@@ -1,0 +1,384 @@
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+from ticketfind import TicketfindError, masks
+from ticketfind.masks import Group
+
+# ------------------------------------------------------------------------------------------------ pruning
+
+
+def reference_prune(kept, scores, fraction, scope):
+    """IMP's pruning step in numpy: rank what is left, keep the first n - round(n * p)."""
+    new = {}
+    for names in [list(kept)] if scope == "global" else [[name] for name in kept]:
+        flat = np.concatenate([kept[name].ravel() for name in names])
+        alive = np.flatnonzero(flat)
+        ranking = np.argsort(-np.concatenate([scores[name].ravel() for name in names])[alive], kind="stable")
+        flat = np.zeros(flat.size, bool)
+        flat[alive[ranking[: alive.size - round(alive.size * fraction)]]] = True
+        ends = np.cumsum([kept[name].size for name in names])[:-1]
+        new |= {name: part.reshape(kept[name].shape) for name, part in zip(names, np.split(flat, ends), strict=True)}
+    return new
+
+
+shapes = st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=4)
+
+
+@settings(deadline=None)
+@given(
+    shapes=shapes,
+    fraction=st.floats(0.01, 0.99),
+    scope=st.sampled_from(["layer", "global"]),
+    levels=st.sampled_from([1, 2, 5, 10**6]),  # distinct scores: all equal, many ties, hardly any
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_prune_is_the_reference_round_after_round(shapes, fraction, scope, levels, seed):
+    rng = np.random.default_rng(seed)
+    shapes = {f"w{i}": tuple(shape) for i, shape in enumerate(shapes)}
+    groups = masks.make_groups(list(shapes), {"*": fraction}, scope)
+    kept = masks.dense(shapes)
+    counts = [masks.count(kept)]
+    for _ in range(3):
+        scores = {name: rng.integers(0, levels, shape).astype(np.float32) for name, shape in shapes.items()}
+        expected = reference_prune({n: m.numpy() for n, m in kept.items()}, scores, fraction, scope)
+        new = masks.prune(kept, {name: torch.from_numpy(s) for name, s in scores.items()}, groups)
+        for name in shapes:
+            np.testing.assert_array_equal(new[name].numpy(), expected[name])
+        assert masks.nested(new, kept)
+        kept = new
+        counts.append(masks.count(kept))
+    planned = masks.plan({n: int(np.prod(s)) for n, s in shapes.items()}, groups, rounds=3, until=None)
+    assert planned == counts[: len(planned)]
+    assert set(counts[len(planned) :]) <= {planned[-1]}  # the plan ends where no weight is pruned any more
+
+
+@settings(deadline=None)
+@given(
+    scores=st.lists(st.floats(width=32, allow_nan=False) | st.sampled_from([-0.0, 0.0, 1.0]), max_size=40),
+    k=st.integers(-1, 41),
+)
+def test_keep_highest_is_a_stable_argsort(scores, k):
+    expected = np.zeros(len(scores), bool)
+    expected[np.argsort(-np.array(scores, np.float32), kind="stable")[: max(k, 0)]] = True
+    np.testing.assert_array_equal(masks.keep_highest(torch.tensor(scores), k).numpy(), expected)
+
+
+def test_ties_beyond_what_float32_and_quantile_can_count():
+    n, k = 2**24 + 5, 2**24 + 3
+    kept = masks.keep_highest(torch.zeros(n, dtype=torch.float16), k)
+    assert int(kept.sum()) == k
+    assert not kept[k:].any()
+
+
+def test_tensors_outside_the_groups_stay_as_they_are():
+    kept = {"a": torch.ones(10, dtype=torch.bool), "b": torch.tensor([True, False])}
+    new = masks.prune(kept, {"a": torch.arange(10.0), "b": torch.zeros(2)}, [Group(("a",), 0.3)])
+    assert new["a"].tolist() == [False] * 3 + [True] * 7
+    assert new["b"].tolist() == [True, False]
+    assert kept["a"].all()  # pure: the old masks are untouched
+
+
+def test_global_scope_takes_from_the_tensor_of_small_scores():
+    scores = {"small": torch.full((8,), 0.1), "large": torch.full((8,), 1.0)}
+    new = masks.prune(masks.dense({"small": (8,), "large": (8,)}), scores, [Group(("small", "large"), 0.5)])
+    assert [int(m.sum()) for m in new.values()] == [0, 8]
+
+
+# ------------------------------------------------------------------------------------------- plan, groups
+
+
+def test_plan_of_lenet_shows_the_papers_weights_remaining():
+    """The P_m that arXiv 1803.03635v5, figure 3, prints for Lenet-300-100."""
+    sizes = {"fc1.weight": 784 * 300, "fc2.weight": 300 * 100, "fc3.weight": 100 * 10}
+    groups = masks.make_groups(list(sizes), {"*": 0.2, "fc3.*": 0.1}, "layer")
+    percent = [round(100 * kept / 266_200, 1) for kept in masks.plan(sizes, groups, 18, None)]
+    assert [percent[r] for r in (0, 3, 7, 12, 15, 18)] == [100.0, 51.3, 21.1, 7.0, 3.6, 1.9]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "until", "expected"),
+    [
+        (2, None, [100, 80, 64]),
+        (None, 0.64, [100, 80, 64]),  # at, not only below
+        (None, 0.63, [100, 80, 64, 51]),
+        (1, 0.1, [100, 80]),
+        (None, 0.01, [100, 80, 64, 51, 41, 33, 26, 21, 17, 14, 11, 9, 7, 6, 5, 4, 3, 2]),  # 0.2 of 2 rounds to none
+    ],
+)
+def test_plan_stops(rounds, until, expected):
+    assert masks.plan({"w": 100}, [Group(("w",), 0.2)], rounds, until) == expected
+
+
+def test_plan_counts_whole_tensors_as_remaining():
+    assert masks.plan({"w": 10, "whole": 90}, [Group(("w",), 0.5)], 1, None) == [100, 95]
+
+
+NAMES = ["conv1.weight", "conv2.weight", "fc.weight"]
+
+
+@pytest.mark.parametrize(
+    ("fractions", "scope", "expected"),
+    [
+        ({"*": 0.2}, "global", [(tuple(NAMES), 0.2)]),
+        ({"*": 0.2}, "layer", [((name,), 0.2) for name in NAMES]),
+        ({"*": 0.2, "fc*": 0.1}, "global", [(tuple(NAMES[:2]), 0.2), (("fc.weight",), 0.1)]),
+        ({"fc*": 0.1, "*": 0.2}, "global", [(tuple(NAMES), 0.2)]),  # the last glob that matches decides
+        ({"*": 0.2, "conv*": 0.0}, "layer", [(("fc.weight",), 0.2)]),  # fraction 0: stays whole
+        ({"conv2*": 0.3}, "layer", [(("conv2.weight",), 0.3)]),  # no glob: stays whole
+    ],
+)
+def test_groups(fractions, scope, expected):
+    assert [(g.names, g.fraction) for g in masks.make_groups(NAMES, fractions, scope)] == expected
+
+
+def test_a_fraction_for_nothing_is_an_error():
+    with pytest.raises(TicketfindError, match=r"prune\.fraction: 'head\.\*' matches no parameter; there are conv1"):
+        masks.make_groups(NAMES, {"*": 0.2, "head.*": 0.1}, "layer")
+
+
+# --------------------------------------------------------------------------------------- what can be pruned
+
+
+class Zoo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.conv = nn.Linear(2, 3), nn.Conv2d(1, 2, 3)
+        self.transposed = nn.ConvTranspose1d(1, 2, 3, bias=False)
+        self.bn, self.ln = nn.BatchNorm1d(3), nn.LayerNorm(3)
+        self.embedding = nn.Embedding(5, 4)
+        self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+        self.cross = nn.MultiheadAttention(4, 2, kdim=3, vdim=3, bias=False)
+        self.lstm, self.prelu = nn.LSTM(2, 2), nn.PReLU()
+        self.own = nn.Parameter(torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "pruned", "reason"),
+    [
+        ("linear.weight", True, "Linear weight"),
+        ("linear.bias", False, "bias"),
+        ("conv.weight", True, "Conv2d weight"),
+        ("transposed.weight", True, "ConvTranspose1d weight"),
+        ("bn.weight", False, "normalization"),
+        ("bn.bias", False, "bias"),
+        ("ln.weight", False, "normalization"),
+        ("embedding.weight", False, "embedding"),
+        ("attention.in_proj_weight", True, "attention weight"),
+        ("attention.in_proj_bias", False, "bias"),
+        ("attention.out_proj.weight", True, "NonDynamicallyQuantizableLinear weight"),
+        ("attention.bias_k", False, "MultiheadAttention.bias_k is not a Linear, Conv or attention weight"),
+        ("cross.q_proj_weight", True, "attention weight"),
+        ("cross.k_proj_weight", True, "attention weight"),
+        ("cross.v_proj_weight", True, "attention weight"),
+        ("lstm.weight_hh_l0", False, "LSTM.weight_hh_l0 is not a Linear, Conv or attention weight"),
+        ("prelu.weight", False, "PReLU.weight is not a Linear, Conv or attention weight"),
+        ("own", False, "Zoo.own is not a Linear, Conv or attention weight"),
+    ],
+)
+def test_each_parameter_is_pruned_or_not_for_a_reason(name, pruned, reason):
+    found = {c.name: (c.pruned, c.reason) for c in masks.candidates(Zoo())}
+    assert found[name] == (pruned, reason)
+
+
+def test_candidates_are_all_parameters_with_their_shapes_in_order():
+    zoo = Zoo()
+    assert [(c.name, c.shape) for c in masks.candidates(zoo)] == [
+        (n, tuple(p.shape)) for n, p in zoo.named_parameters()
+    ]
+
+
+def test_only_and_skip():
+    found = {c.name: c for c in masks.candidates(Zoo(), only=["lstm.*", "linear.weight"], skip=["lstm.bias*"])}
+    assert [name for name, c in found.items() if c.pruned] == [
+        "linear.weight",
+        "lstm.weight_ih_l0",
+        "lstm.weight_hh_l0",
+    ]
+    assert found["conv.weight"].reason == "not in prune.only"
+    assert found["lstm.bias_ih_l0"].reason == "matches prune.skip"
+
+
+@pytest.mark.parametrize("key", ["only", "skip"])
+def test_a_glob_that_matches_nothing_is_an_error(key):
+    with pytest.raises(TicketfindError, match=rf"prune\.{key}: 'Linear\*' matches no parameter; there are own, linear"):
+        masks.candidates(Zoo(), **{key: ["Linear*"]})  # case matters
+
+
+def tied(first, second):
+    model = nn.ModuleDict({"a": first, "b": second})
+    model["b"].weight = model["a"].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (tied(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)), (True, "Linear weight")),
+        (tied(nn.Embedding(4, 4), nn.Linear(4, 4, bias=False)), (False, "embedding")),
+        (tied(nn.Linear(4, 4, bias=False), nn.Embedding(4, 4)), (False, "embedding")),
+    ],
+    ids=["two linear", "embedding first", "embedding last"],
+)
+def test_tied_weights_are_one_parameter(model, expected):
+    assert [(c.name, c.pruned, c.reason) for c in masks.candidates(model)] == [("a.weight", *expected)]
+    assert masks.aliases(model) == {"b.weight": "a.weight"}
+
+
+def test_no_aliases_without_tied_weights():
+    assert masks.aliases(Zoo()) == {}
+
+
+# -------------------------------------------------------------------------------------------------- scores
+
+TRAINED, INITIAL = np.array([[-3.0, 0.5], [1.0, 0.0]], np.float32), np.array([[1.0, -2.0], [1.0, -0.5]], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("magnitude", [[3, 0.5], [1, 0]]),
+        ("movement", [[4, 2.5], [0, 0.5]]),
+        ("magnitude_increase", [[2, -1.5], [0, -0.5]]),
+        ("large_init", [[1, 2], [1, 0.5]]),
+    ],
+)
+def test_scores_by_hand(name, expected):
+    found = masks.score(masks.SCORES[name], {"w": torch.from_numpy(TRAINED)}, {"w": torch.from_numpy(INITIAL)}, seed=0)
+    assert found["w"].tolist() == expected
+
+
+def test_random_scores_follow_from_the_seed_and_leave_the_generator_alone():
+    weights = {"w": torch.zeros(50)}
+    before = torch.get_rng_state()
+    a, b, c = (masks.score(masks.SCORES["random"], weights, weights, seed=seed)["w"] for seed in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def failing(trained, initial):
+    raise KeyError("w9")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda t, i: {}, "score of w: expected a tensor of shape (2, 2), found NoneType"),
+        (lambda t, i: {"w": t["w"][0]}, "score of w: expected a tensor of shape (2, 2), found shape (2,)"),
+        (lambda t, i: {"w": TRAINED}, "score of w: expected a tensor of shape (2, 2), found ndarray"),
+        (lambda t, i: {"w": t["w"] / 0}, "score of w: expected finite numbers"),
+        (lambda t, i: [t["w"]], "score: expected a dict of tensors by parameter, found list"),
+        (failing, "score: the function failed: KeyError: 'w9'"),
+    ],
+)
+def test_bad_scores_are_named(function, message):
+    weights = {"w": torch.from_numpy(TRAINED)}
+    with pytest.raises(TicketfindError) as error:
+        masks.score(function, weights, weights, seed=0)
+    assert message in str(error.value)
+
+
+def test_a_score_may_be_a_choice():
+    weights = {"w": torch.from_numpy(TRAINED)}
+    scores = masks.score(lambda t, i: {"w": t["w"] == 1}, weights, weights, seed=0)
+    kept = masks.prune(masks.dense({"w": (2, 2)}), scores, [Group(("w",), 0.75)])
+    assert kept["w"].tolist() == [[False, False], [True, False]]
+
+
+# ---------------------------------------------------------------------------------- masks and random masks
+
+
+@settings(deadline=None, max_examples=30)
+@given(shapes=shapes, density=st.floats(0, 1), seed=st.integers(0, 2**63 - 1))
+def test_random_masks_keep_as_many_of_each_tensor(shapes, density, seed):
+    rng = torch.Generator().manual_seed(seed)
+    given_masks = {f"w{i}": torch.rand(shape, generator=rng) < density for i, shape in enumerate(shapes)}
+    drawn = masks.random_like(given_masks, seed=seed)
+    assert {n: (m.shape, m.dtype, int(m.sum())) for n, m in drawn.items()} == {
+        n: (m.shape, torch.bool, int(m.sum())) for n, m in given_masks.items()
+    }
+    assert all(torch.equal(drawn[name], again) for name, again in masks.random_like(given_masks, seed=seed).items())
+
+
+def test_random_masks_are_uniform():
+    given_masks = {"w": torch.arange(20) < 5}
+    hits = torch.stack([masks.random_like(given_masks, seed=seed)["w"].float() for seed in range(800)]).mean(0)
+    assert (hits - 0.25).abs().max() < 5 * (0.25 * 0.75 / 800) ** 0.5
+
+
+def test_counting():
+    kept = {"a": torch.tensor([True, False, False, False]), "b": torch.ones(2, 2, dtype=torch.bool)}
+    assert masks.count(kept) == 5
+    assert masks.remaining(kept) == 5 / 8
+    assert masks.nested(kept, masks.dense({"a": (4,), "b": (2, 2)}))
+    assert not masks.nested({"a": torch.tensor([True, True, False, False])}, kept)
+
+
+def test_masked_weights_are_exactly_zero_whatever_was_there():
+    weights = {"w": torch.tensor([float("nan"), -1.0, float("inf"), 2.0]), "bn.running_mean": torch.ones(2)}
+    kept = {"w": torch.tensor([False, True, False, True])}
+    found = masks.masked(weights, kept)
+    assert found["w"].tolist() == [0.0, -1.0, 0.0, 2.0]
+    assert found["bn.running_mean"] is weights["bn.running_mean"]
+    assert masks.nonzero_outside(kept, weights) == ["w"]
+    assert masks.nonzero_outside(kept, found) == []
+
+
+# ---------------------------------------------------------------------------------------------- comparison
+
+
+@settings(deadline=None)
+@given(pairs=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
+def test_overlap_is_jaccard_and_cohens_kappa(pairs):
+    a, b = (np.array(side) for side in zip(*pairs, strict=True))
+    found = masks.compare({"w": torch.tensor(a)}, {"w": torch.tensor(b)})["w"]
+    set_a, set_b = set(np.flatnonzero(a)), set(np.flatnonzero(b))
+    assert found.jaccard == pytest.approx(len(set_a & set_b) / len(set_a | set_b) if set_a | set_b else 1)
+    table = np.array([[np.mean((a == i) & (b == j)) for j in (0, 1)] for i in (0, 1)])
+    by_chance = table.sum(0) @ table.sum(1)
+    kappa = (np.trace(table) - by_chance) / (1 - by_chance) if by_chance < 1 - 1e-12 else 1
+    assert found.agreement == pytest.approx(kappa, abs=1e-9)
+
+
+def test_overlap_by_hand():
+    a = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0, 0, 0], dtype=torch.bool)
+    b = torch.tensor([1, 1, 0, 1, 0, 0, 0, 0, 0, 0], dtype=torch.bool)
+    found = masks.compare({"w": a}, {"w": b})["w"]
+    assert (found.size, found.kept_a, found.kept_b, found.kept_both) == (10, 3, 3, 2)
+    assert found.jaccard == 0.5
+    assert found.jaccard_by_chance == pytest.approx(0.9 / 5.1)
+    assert found.agreement == pytest.approx((0.8 - 0.58) / (1 - 0.58))
+
+
+def test_independent_sparse_masks_agree_in_most_places_but_not_beyond_chance():
+    """Two masks of 5 % density differ in only 9.5 % of places (2 * 0.05 * 0.95)."""
+    a, b = (masks.random_like({"w": torch.arange(100_000) < 5_000}, seed=seed) for seed in (1, 2))
+    assert (a["w"] != b["w"]).float().mean() == pytest.approx(0.095, abs=0.001)
+    found = masks.compare(a, b)["w"]
+    assert found.agreement == pytest.approx(0, abs=0.015)
+    assert found.jaccard == pytest.approx(found.jaccard_by_chance, abs=0.004)
+
+
+def test_total_expects_by_chance_what_each_tensor_does():
+    """Equal densities layer by layer agree beyond chance only within layers."""
+    a = {"dense": torch.ones(4, dtype=torch.bool), "sparse": torch.tensor([1, 0, 0, 0], dtype=torch.bool)}
+    b = {"dense": torch.ones(4, dtype=torch.bool), "sparse": torch.tensor([0, 1, 0, 0], dtype=torch.bool)}
+    found = masks.total(masks.compare(a, b).values())
+    assert (found.size, found.kept_a, found.kept_b, found.kept_both, found.expected_both) == (8, 5, 5, 4, 4.25)
+    assert found.agreement < 0
+
+
+@pytest.mark.parametrize(
+    ("b", "message"),
+    [
+        ({"w": torch.ones(2, dtype=torch.bool), "x": torch.ones(2, dtype=torch.bool)}, "different networks: x only"),
+        ({"w": torch.ones(3, dtype=torch.bool)}, r"mask of w: shape \(2,\) in one, \(3,\) in the other"),
+    ],
+)
+def test_masks_of_different_networks_are_not_compared(b, message):
+    with pytest.raises(TicketfindError, match=message):
+        masks.compare({"w": torch.ones(2, dtype=torch.bool)}, b)
