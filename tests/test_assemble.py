@@ -122,8 +122,11 @@ def test_looking_whether_model_and_data_fit_changes_neither_statistics_nor_gener
          "model 'conv-2': cannot take digits's inputs of shape (1, 8, 8), float32"),
         ({"data_spec": "user:values"}, "expected class labels (whole numbers, one an example) for cross-entropy, found"
          " float32 targets of shape (2, 1); give --loss and --metric"),
+        ({"data_spec": "user:values", "model_args": {"outputs": 1}, "train_loss": "user:mse"},
+         "expected class labels (whole numbers) for accuracy, found float32 targets of shape (2, 1); give --metric"),
         ({"train_loss": "user:broken"}, "user.py:broken: failed on outputs (2, 3) and targets (2,): ValueError: no w"),
-        ({"data_spec": "user:values", "train_loss": "user:each"}, "each: expected a scalar tensor, found shape (2, 3)"),
+        ({"data_spec": "user:values", "train_loss": "user:each", "train_metric": "user:gain"},
+         "each: expected a scalar tensor, found shape (2, 3)"),
         ({"data_spec": "user:values", "train_loss": "user:mse", "train_metric": "user:broken"},
          "broken: failed on outputs (2, 3)"),
         ({"train_loss": "user:number"}, "user.py:number': expected a function, found int"),

@@ -190,9 +190,31 @@ def test_a_prefix_of_the_model_itself_stays():
     assert same(match(prefixed("module.", "model."), wanted=prefixed("model.")), prefixed("model."))
 
 
-def test_a_prefix_that_not_every_name_has_stays():
-    with pytest.raises(TicketfindError, match=r"missing: fc\.weight, fc\.bias; unexpected: module\.fc\.weight"):
-        match({**prefixed("module."), "step": torch.ones(1)})
+def test_a_prefix_comes_off_beside_other_entries_if_the_whole_model_is_under_it():
+    beside = {**prefixed("module."), "step": torch.ones(1)}
+    with pytest.raises(TicketfindError, match=r"does not fit the model; unexpected: step \("):
+        match(beside)
+    assert same(match(beside, allow=["step"]))
+
+
+def test_a_prefix_that_only_some_of_the_models_names_have_stays():
+    name, *rest = STATE
+    mixed = {f"module.{name}": STATE[name], **{other: STATE[other] for other in rest}}
+    with pytest.raises(TicketfindError, match=rf"missing: {name}; unexpected: module\.{name}"):
+        match(mixed)
+
+
+def test_a_tied_entry_may_stand_once():
+    wanted = {"embed.weight": torch.ones(2, 3), "head.weight": torch.ones(2, 3)}
+    for held in wanted:
+        found = checkpoint.match(
+            {held: torch.full((2, 3), 5.0)},
+            wanted,
+            allow=(),
+            path=Path("w.pt"),
+            aliases={"head.weight": "embed.weight"},
+        )
+        assert all(bool((found[name] == 5).all()) for name in wanted)
 
 
 def test_weights_come_in_the_models_dtypes_and_order():

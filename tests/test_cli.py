@@ -343,7 +343,7 @@ def test_diff_exit_codes(searched):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_and_gone_on(number, code, run, tmp_path):
     """Stopped by a signal in the middle, a search ends as one that was never stopped, to the bit."""
-    words = ["search", "--iterations", "300", "--rounds", "4", "--replicates", "2", "--set", "train.eval_every=100"]
+    words = ["search", "--iterations", "900", "--rounds", "4", "--replicates", "2", "--set", "train.eval_every=100"]
     command = [sys.executable, "-m", "ticketfind", *words, "--out", "stopped"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     log = tmp_path / "stopped/log.jsonl"

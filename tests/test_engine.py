@@ -89,18 +89,11 @@ def nothing(_: int) -> None:
 # ------------------------------------------------------------------------------------------------- one arm
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("net", ["mlp", "normed"])
-def test_masked_training_is_what_plain_pytorch_does(
-    net: str, optimizer: str, schedule: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
-) -> None:
-    how = make_train(iterations=30, **OPTIMIZERS[optimizer], **SCHEDULES[schedule])
-    model = make_task(net).model
+def assert_trains_as_plain_pytorch(model: nn.Module, how: Train, moved: str) -> None:
+    """30 steps under random masks, here and in the loop that a user would write; `moved` must have moved."""
     masks, batches, start = random_masks(model), random_batches(30), state_of(model)
-
     plain = copy.deepcopy(model)
-    masked = [(dict(plain.named_parameters())[name], mask) for name, mask in masks.items()]
+    masked = [(plain.get_parameter(name), mask) for name, mask in masks.items()]
     for parameter, mask in masked:
         parameter.data *= mask
     torchs = torch_optimizer(plain, how)
@@ -117,16 +110,65 @@ def test_masked_training_is_what_plain_pytorch_does(
         scheduler.step()
         for parameter, mask in masked:
             parameter.data *= mask
-        losses.append(float(loss.detach()))
+        losses.append(loss.item())
 
     lane = Lane(model, start, masks, how, cross_entropy, seed=0)
-    found = lane.advance(batches, 0, nothing)
-
-    assert found == pytest.approx(losses, abs=1e-6)
+    assert lane.advance(batches, 0, nothing) == pytest.approx(losses, abs=1e-6)
     for name, expected in plain.state_dict().items():
         torch.testing.assert_close(lane.state()[name], expected, rtol=0, atol=1e-6, msg=name)
-    moved = (lane.state()["fc1.weight"] - start["fc1.weight"])[masks["fc1.weight"]]
-    assert moved.abs().max() > 3e-3  # the comparison was of something
+    assert (lane.state()[moved] - start[moved])[masks[moved]].abs().max() > 3e-3  # the comparison was of something
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("net", ["mlp", "normed"])
+def test_masked_training_is_what_plain_pytorch_does(
+    net: str, optimizer: str, schedule: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    how = make_train(iterations=30, **OPTIMIZERS[optimizer], **SCHEDULES[schedule])
+    assert_trains_as_plain_pytorch(make_task(net).model, how, "fc1.weight")
+
+
+class Transposed(nn.Module):
+    """[b, 12] -> [b, 4]; autograd gives the weight a gradient with its memory the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 12, generator=torch.Generator().manual_seed(0)) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.w.t() * 1.0).contiguous()
+
+
+class Summed(Transposed):
+    """[b, 12] -> [b, 4]; autograd gives both parameters one and the same tensor as their gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v = nn.Parameter(torch.zeros(4, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w + self.v)
+
+
+class Images(nn.Module):
+    """[b, 12] -> [b, 4]; a convolution with its weight in channels-last memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.w = nn.Conv2d(3, 4, 2), nn.Parameter(torch.eye(4))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.conv(x.view(-1, 3, 2, 2)).flatten(1), self.w)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("net", [Transposed, Summed, Images])
+def test_gradients_of_any_memory_are_taken_as_plain_pytorch_takes_them(
+    net: type[nn.Module], optimizer: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    assert_trains_as_plain_pytorch(make_task(net).model, make_train(iterations=30, **OPTIMIZERS[optimizer]), "w")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -257,17 +299,16 @@ def test_advance_takes_the_schedule_up_where_it_is_told(
 
 
 def test_dropout_follows_the_lanes_seed(make_train: Callable[..., Train]) -> None:
-    def losses(seed: int) -> list[float]:
+    def losses(seed: int, drawn_before: int) -> list[float]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.5), nn.Linear(16, 4))
-            start = state_of(model)
-            torch.rand(seed)  # whatever was drawn before does not matter
-            lane = Lane(model, start, {}, make_train(), cross_entropy, seed)
+            torch.rand(drawn_before)
+            lane = Lane(model, state_of(model), {}, make_train(), cross_entropy, seed)
             return lane.advance(random_batches(4), 0, nothing)
 
-    assert losses(1) == losses(1)
-    assert losses(1) != losses(2)
+    assert losses(1, 0) == losses(1, 5)
+    assert losses(1, 0) != losses(2, 0)
 
 
 def test_measure_is_the_mean_over_the_examples_in_evaluation_mode(make_train: Callable[..., Train]) -> None:

@@ -1,6 +1,7 @@
 """What evaluations train, draw and say: against the search itself, against numpy, against figures made by hand."""
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,10 +72,12 @@ def test_the_tickets_arm_is_the_searchs_round_again(
     found = evaluate(tickets, make_task(net), recipe.train, seeds=[5, 6], way=way)
     assert found.arms["ticket"] == rounds[2].stats
     assert found.remaining == rounds[2].remaining
-    if rewind == "0it":
+    if rewind != "5it":  # trained on from iteration 5, it is not measured before
         assert found.arms["dense"] == rounds[0].stats
     assert list(found.arms) == ["dense", "ticket", "reinit", "random"]
-    assert found.notes == ()
+    assert [note.split(":")[0] for note in found.notes] == (
+        ["dense and random start from a fresh initialisation"] if rewind == "lr" else []
+    )
 
 
 def test_a_file_gives_what_the_run_gives(
@@ -141,6 +144,8 @@ def test_one_ticket_is_tried_with_every_seed(
         assert same(trained_arms[f"ticket, seed {seed}"].start, ticket.init)
     draws = [trained_arms[f"{kind}, seed {seed}"] for kind in ("noise=1", "reinit") for seed in range(3)]
     assert len({float(arm.start["fc1.weight"].sum()) for arm in draws}) == 6
+    drawn = [trained_arms[f"random, seed {seed}"].masks["fc1.weight"] for seed in range(3)]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(drawn, 2))
 
 
 def test_all_arms_are_trained_together(
@@ -257,23 +262,25 @@ def test_reinit_of_a_checkpoint_is_the_factorys_own_initialisation(
     assert trained_arms["reinit, seed 0"].start["fc1.weight"].std() > 0.05
 
 
-def test_a_compact_ticket_has_no_dense_and_no_random(
-    make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket],
-    tmp_path: Path,
+@pytest.mark.parametrize("checkpoint", [None, "net.pt"])
+def test_dense_and_random_of_a_compact_ticket(
+    checkpoint: str | None, make_task: Callable[..., Task], make_train: Callable[..., Train],
+    make_ticket: Callable[..., Ticket], tmp_path: Path,
 ) -> None:  # fmt: skip
-    """The other arms come out as those of the full ticket."""
+    """They start afresh, or are left out where the weights were a checkpoint's; the others are the full ticket's."""
     task = make_task("normed")
     ticket = make_ticket(task)
+    ticket.about.recipe["model"] = {"checkpoint": checkpoint}
     ticket.save(tmp_path / "c", layout="compact")
     settings: dict[str, Any] = {"seeds": [0, 1], "way": "eager", "noise": [0.5]}
     compact = evaluate([load_ticket(tmp_path / "c")], task, make_train(), **settings)
     full = evaluate([ticket], task, make_train(), **settings)
-    assert list(compact.arms) == ["ticket", "noise=0.5", "reinit"]
-    assert compact.arms == {name: full.arms[name] for name in compact.arms}
-    assert compact.notes == (
-        "dense and random are left out: a compact ticket no longer holds the pruned initial weights",
-    )
-    assert compact.verdict.startswith("inconclusive")
+    own = ("ticket", "noise=0.5", "reinit")
+    assert {name: compact.arms[name] for name in own} == {name: full.arms[name] for name in own}
+    assert compact.arms.keys() - own == (set() if checkpoint else {"dense", "random"})
+    how = "are left out" if checkpoint else "start from a fresh initialisation"
+    assert compact.notes == (f"dense and random {how}: a compact ticket no longer holds the pruned initial weights",)
+    assert compact.verdict.startswith("inconclusive") or not checkpoint
     assert compact.remaining == full.remaining
 
 

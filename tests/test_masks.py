@@ -136,8 +136,8 @@ def test_groups(fractions, scope, expected):
 
 
 def test_a_fraction_for_nothing_is_an_error():
-    with pytest.raises(TicketfindError, match=r"prune\.fraction: 'head\.\*' matches no parameter; there are conv1"):
-        masks.make_groups(NAMES, {"*": 0.2, "head.*": 0.1}, "layer")
+    with pytest.raises(TicketfindError, match=r"prune\.fraction: 'head\.\*' matches nothing; there are conv1"):
+        masks.check_globs({"*": 0.2, "head.*": 0.1}, NAMES, "prune.fraction")
 
 
 # --------------------------------------------------------------------------------------- what can be pruned
@@ -204,8 +204,22 @@ def test_only_and_skip():
 
 @pytest.mark.parametrize("key", ["only", "skip"])
 def test_a_glob_that_matches_nothing_is_an_error(key):
-    with pytest.raises(TicketfindError, match=rf"prune\.{key}: 'Linear\*' matches no parameter; there are own, linear"):
+    with pytest.raises(TicketfindError, match=rf"prune\.{key}: 'Linear\*' matches nothing; there are own, linear"):
         masks.candidates(Zoo(), **{key: ["Linear*"]})  # case matters
+
+
+def test_frozen_parameters_stay_whole_unless_asked_for():
+    model = nn.Linear(3, 3)
+    model.weight.requires_grad_(False)
+    weight, _ = masks.candidates(model)
+    assert (weight.pruned, weight.reason) == (False, "frozen")
+    assert masks.candidates(model, only=["weight"])[0].pruned
+
+
+def test_a_tied_weight_can_be_skipped_by_either_name():
+    model = tied(nn.Linear(4, 4), nn.Linear(4, 4))
+    for name in ("a.weight", "b.weight"):
+        assert not masks.candidates(model, skip=[name])[0].pruned
 
 
 def tied(first, second):

@@ -2,7 +2,7 @@ import math
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 
 from ticketfind import TicketfindError, readers, recipe
 from ticketfind.readers import Duration
@@ -56,7 +56,7 @@ layers = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(layers)
 def test_a_recipe_reads_back_equal_from_plain_values_and_from_yaml(layer):
     asked = from_layers(layer)
@@ -141,6 +141,7 @@ def test_milestones_of_the_shipped_recipes(name, milestones):
         ("e1", "e1"),
         ("null", None),
         ("true", True),
+        ("2024-01-01", "2024-01-01"),
         ("[1, ", "[1, "),  # no YAML: stays a text
     ],
 )
@@ -215,8 +216,9 @@ def test_weights_remaining(raw, value):
         ("train.loss", "mse", "module:name or file.py:name"),
         *[("data.validation", bad, "a number of examples (5000) or a fraction") for bad in (0, 1.5, -3, "x", math.nan)],
         ("model.spec", "", "a text"),
-        ("model.args", ["a"], "a mapping from names to values"),
-        ("model.args", {1: 2}, "a mapping from names to values"),
+        ("model.args", ["a"], "a mapping from names to plain values"),
+        ("model.args", {1: 2}, "a mapping from names to plain values"),
+        ("model.args", {"x": {1: 2}}, "a mapping from names to plain values"),
         ("run.seed", -1, "a whole number of at least 0"),
         ("run.seed", 2**63, "a whole number of at least 0 and at most 9223372036854775807"),
         ("run.replicates", 0, "a whole number of at least 1"),

@@ -634,8 +634,8 @@ def test_the_plan_is_what_the_search_does(
     [
         ({"prune.skip": ["*.weight"]}, "expected a parameter to prune, found none"),
         ({"prune.fraction": 0.001}, "expected to prune a weight in the first round, found that it prunes none"),
-        ({"prune.fraction": {"conv*": 0.2}}, r"prune\.fraction: 'conv\*' matches no parameter"),
-        ({"prune.only": ["head.*"]}, r"prune\.only: 'head\.\*' matches no parameter"),
+        ({"prune.fraction": {"conv*": 0.2}}, r"prune\.fraction: 'conv\*' matches no"),
+        ({"prune.only": ["head.*"]}, r"prune\.only: 'head\.\*' matches no"),
     ],
 )
 def test_a_search_that_would_prune_nothing_is_refused(

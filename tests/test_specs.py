@@ -84,6 +84,7 @@ def test_what_cannot_be_found_is_named(spec, message):
     [
         ("def f(:\n", "SyntaxError"),
         ("raise ValueError('first\\nsecond')\n", "ValueError: first second"),
+        ("import sys\nsys.exit(0)\n", "SystemExit: 0"),  # a script without a main guard
         ("import no_such_package\n", "ModuleNotFoundError: No module named 'no_such_package'"),
     ],
 )

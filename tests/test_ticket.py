@@ -310,6 +310,7 @@ def test_tensors_that_do_not_fit_each_other(change: dict[str, Tensor | None], te
         ({"w": [2, 3]}, {"mask/w": torch.tensor([1.0])}, "mask/w: expected 1 bytes"),
         ({"w": [2, 3]}, {"init/w": None}, "mask/w: expected 1 bytes and init/w"),
         ({"w": [-2, -3]}, {}, "metadata shapes: w: expected whole numbers"),
+        ({"w": [True, 6]}, {}, "metadata shapes: w: expected whole numbers"),
         ({"w": "2x3"}, {}, "metadata shapes: w: expected whole numbers"),
         ({"v": [2, 3]}, {}, "metadata shapes: expected one for each mask"),
         ([2, 3], {}, "metadata shapes: expected one for each mask"),
@@ -439,6 +440,24 @@ def test_held_training_is_training_with_masks(optimizer: str, task: Task, ticket
             weights[name].data *= mask
     for name, value in manual.state_dict().items():
         torch.testing.assert_close(held.state_dict()[name], value, rtol=0, atol=1e-6, msg=name)
+
+
+def test_an_optimizer_that_looks_at_the_whole_gradient_sees_that_of_the_survivors(task: Task, ticket: Ticket) -> None:
+    """As LAMB does, or any that normalizes: pruned weights must not shrink the steps of the others."""
+
+    class Normalized(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            with torch.no_grad():
+                for parameter in self.param_groups[0]["params"]:
+                    parameter -= 0.5 * parameter.grad / parameter.grad.norm()
+
+    model = model_like(task)
+    ticket.apply(model)
+    optimizer = Normalized([model.fc.weight], lr=1.0)
+    ticket.hold(model, optimizer)
+    steps(model, optimizer, task, 1)
+    moved = model.fc.weight - ticket.init["fc.weight"] * ticket.masks["fc.weight"]
+    assert float(moved.detach().norm()) == pytest.approx(0.5, rel=1e-5)
 
 
 def test_hold_names_a_parameter_that_is_not_there(ticket: Ticket) -> None:

@@ -37,7 +37,11 @@ def assemble(recipe: Recipe, *, arms: int | None = None) -> tuple[Recipe, Task]:
     if recipe.model.checkpoint is not None:
         path = Path(recipe.model.checkpoint).expanduser()
         given = checkpoint.match(
-            checkpoint.read(path), models.state_of(model), allow=recipe.model.allow_mismatch, path=path
+            checkpoint.read(path),
+            models.state_of(model),
+            allow=recipe.model.allow_mismatch,
+            path=path,
+            aliases=masks.aliases(model),
         )
     task = Task(
         model=model.to(device),
@@ -95,19 +99,22 @@ def _check_fits(recipe: Recipe, task: Task) -> None:
                 f"model {spec!r}: expected an output for each of {recipe.data.spec}'s labels 0 to {classes - 1},"
                 f" found outputs of shape {tuple(outputs.shape[1:])}"
             )
+    elif recipe.train.metric is None and targets.is_floating_point():
+        raise TicketfindError(
+            f"data {recipe.data.spec}: expected class labels (whole numbers) for accuracy, found"
+            f" {str(targets.dtype).removeprefix('torch.')} targets of shape {tuple(targets.shape)}; give --metric"
+        )
     for what, function in (("loss", task.loss), ("metric", task.metric)):
         try:
             value = function(outputs, targets)
-            shape = tuple(value.shape)
         except Exception as error:
             raise TicketfindError(
                 f"{what} {getattr(recipe.train, what) or 'default'}: failed on outputs {tuple(outputs.shape)}"
                 f" and targets {tuple(targets.shape)}: {one_line(error)}"
             ) from error
-        if shape != ():
-            raise TicketfindError(
-                f"{what} {getattr(recipe.train, what)}: expected a scalar tensor, found shape {shape}"
-            )
+        if not isinstance(value, torch.Tensor) or value.ndim:
+            found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise TicketfindError(f"{what} {getattr(recipe.train, what)}: expected a scalar tensor, found {found}")
 
 
 def for_ticket(recipe: Recipe) -> Recipe:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ticketfind import TicketfindError
-from ticketfind.masks import matches
+from ticketfind.masks import check_globs, matches
 from ticketfind.tensorfile import read_tensors
 
 _CONTAINERS = (
@@ -109,14 +109,25 @@ def _unwrap(found: Any) -> Mapping[str, Any]:
 
 
 def match(
-    weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, allow: Sequence[str], path: Path
+    weights: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    *,
+    allow: Sequence[str],
+    path: Path,
+    aliases: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """The entries of `weights` for `wanted` (the model's state), renamed, in the model's dtypes.
 
     Prefixes that wrappers put before every name are taken off. Entries that are missing, unexpected or of another
     shape are an error unless they match a glob in `allow`; those are left out, and keep the model's own start.
+    aliases: further name -> name of tied entries, of which a file need hold only one.
     """
     weights = _without_prefixes(weights, wanted)
+    for alias, name in (aliases or {}).items():
+        held = weights.get(name, weights.get(alias))
+        if held is not None:
+            weights = {name: held, alias: held, **weights}
+    check_globs(allow, [*wanted, *(name for name in weights if name not in wanted)], "model.allow_mismatch")
     faults = []
     for kind, names in {
         "missing": [name for name in wanted if name not in weights],
@@ -144,13 +155,14 @@ def match(
 
 
 def _without_prefixes(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take a wrapper's prefix off where every name has it and the model's names have not, as often as that is so."""
+    """Take wrappers' prefixes off: those that every name has, or that the whole model is under."""
     stripped = dict(weights)
-    while True:
-        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in stripped)), None)
-        if prefix is None or any(name.startswith(prefix) for name in wanted):
-            return stripped
-        stripped = {name.removeprefix(prefix): value for name, value in stripped.items()}
+    for _ in range(len(_PREFIXES)):
+        for prefix in _PREFIXES:
+            every = all(name.startswith(prefix) for name in stripped) or all(prefix + n in stripped for n in wanted)
+            if every and not any(name.startswith(prefix) for name in wanted):
+                stripped = {name.removeprefix(prefix): value for name, value in stripped.items()}
+    return stripped
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -100,7 +100,7 @@ def search(
         "data.args": _pairs(data_arg, "--data-arg"),
         "train.loss": loss,
         "train.metric": metric,
-        "train.iterations": f"{epochs:g}ep" if epochs is not None else iterations,
+        "train.iterations": f"{epochs}ep" if epochs is not None else iterations,
         "train.batch_size": batch_size,
         "train.lr": lr,
         "train.optimizer": optimizer,

@@ -96,7 +96,7 @@ def load(spec: str, args: Mapping[str, Any], *, validation: float | int | None, 
 
 
 def _read(spec: str, args: Mapping[str, Any]) -> dict[str, Split]:
-    if is_code(spec):
+    if is_code(spec) and not Path(spec).exists():
         return _from_factory(spec, args)
     if args:
         raise TicketfindError(f"data.args: expected none for {spec!r}, found {', '.join(args)}")

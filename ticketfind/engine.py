@@ -156,10 +156,10 @@ class Lane:
         iteration = first
         for inputs, targets in batches:
             loss = self._loss(self._model(inputs), targets)
-            grads: Sequence[Tensor | None] = torch.autograd.grad(loss, self._leaves, allow_unused=True)
+            grads = self._own(torch.autograd.grad(loss, self._leaves, allow_unused=True))
             for i, keep in zip(self._pruned, self._keep, strict=True):
                 if (gradient := grads[i]) is not None:
-                    gradient.mul_(keep)
+                    grads[i] = gradient * keep  # not in place: autograd may give two parameters one tensor
             self._optimizer.step(grads, learning_rate(self._how, iteration))
             for weight, keep in zip(self._pruned_weights, self._keep, strict=True):
                 weight.mul_(keep)
@@ -171,6 +171,13 @@ class Lane:
             if not math.isfinite(value):
                 raise Diverged(first + offset)
         return values
+
+    def _own(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients in their weights' memory layout, as ``backward`` leaves them: the fused updates rely on it."""
+        return [
+            g if g is None or g.stride() == w.stride() else torch.empty_like(w).copy_(g)
+            for g, w in zip(grads, self._weights, strict=True)
+        ]
 
     @torch.no_grad()
     def measure(self, split: Split, functions: Sequence[LossFn], batch_size: int) -> list[float]:
@@ -301,8 +308,6 @@ def _child(sending: Connection, train: Callable[[int, Tick], T], index: int, par
         sending.send_bytes(pickle.dumps(("done", result)))
     except BaseException as error:
         try:
-            message = pickle.dumps(("error", error))
-            pickle.loads(message)  # some exceptions can be written and not read
-            sending.send_bytes(message)
+            sending.send_bytes(pickle.dumps(("error", error)))
         except Exception:
             sending.send_bytes(pickle.dumps(("error", RuntimeError(f"{type(error).__name__}: {error}"))))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +49,9 @@ def evaluate(
     tickets = [*tickets] if len(tickets) > 1 else [*tickets] * len(seeds)
     arms, notes = _arms(tickets, task, int(how.iterations), seeds, noise)
     measured: dict[str, list[results.Measured]] = {}
-    trained = fit([arm for _, arm in arms], task, how, way=way, tick=tick)
-    for (kind, _), (_, outcome) in zip(arms, trained, strict=True):
-        measured.setdefault(kind, []).append(outcome.measured)
+    with closing(fit([arm for _, arm in arms], task, how, way=way, tick=tick)) as trained:
+        for (kind, _), (_, outcome) in zip(arms, trained, strict=True):
+            measured.setdefault(kind, []).append(outcome.measured)
     stats = {name: Stats.of(found) for name, found in measured.items()}
     return Evaluation(
         remaining=tickets[0].remaining,
@@ -77,9 +78,11 @@ def _arms(
                 f" found {ticket.about.iteration}"
             )
     notes = []
-    whole = tickets[0].complete
-    if not whole:
-        notes.append("dense and random are left out: a compact ticket no longer holds the pruned initial weights")
+    fresh = _why_no_original(tickets[0])
+    original = not (fresh and tickets[0].from_checkpoint)
+    if fresh:
+        how = "start from a fresh initialisation" if original else "are left out"
+        notes.append(f"dense and random {how}: {fresh}")
     reinit = _depends_on_seed(task, tickets[0])
     if not reinit:
         notes.append("reinit is left out: the model's factory gives the same weights whatever the seed")
@@ -88,9 +91,15 @@ def _arms(
     def add(kind: str, seed: int, start: State, mask: masks.Masks, first: int) -> None:
         arms.append((kind, Arm(f"{kind}, seed {seed}", start, mask, seed, first)))
 
+    def add_original(kind: str, ticket: Ticket, seed: int, mask: masks.Masks) -> None:
+        if fresh:
+            add(kind, seed, task.fresh(seed), mask, 0)
+        else:
+            add(kind, seed, ticket.init, mask, ticket.about.iteration)
+
     pairs = list(zip(tickets, seeds, strict=True))
-    for ticket, seed in pairs if whole else ():
-        add("dense", seed, ticket.init, {}, ticket.about.iteration)
+    for ticket, seed in pairs if original else ():
+        add_original("dense", ticket, seed, {})
     for ticket, seed in pairs:
         add("ticket", seed, ticket.init, ticket.masks, ticket.about.iteration)
     for level in noise:
@@ -98,10 +107,19 @@ def _arms(
             add(f"noise={level:g}", seed, noisy(ticket, level, seed), ticket.masks, ticket.about.iteration)
     for ticket, seed in pairs if reinit else ():
         add("reinit", seed, task.fresh(derived_seed(seed, "reinit")), ticket.masks, 0)
-    for ticket, seed in pairs if whole else ():
+    for ticket, seed in pairs if original else ():
         drawn = masks.random_like(ticket.masks, seed=derived_seed(seed, "random"))
-        add("random", seed, ticket.init, drawn, ticket.about.iteration)
+        add_original("random", ticket, seed, drawn)
     return arms, notes
+
+
+def _why_no_original(ticket: Ticket) -> str | None:
+    """Why the ticket's initial weights are not those that a dense network would start from; None where they are."""
+    if not ticket.complete:
+        return "a compact ticket no longer holds the pruned initial weights"
+    if ticket.moved:
+        return "with learning-rate rewinding a ticket starts from trained weights"
+    return None
 
 
 def _depends_on_seed(task: Task, ticket: Ticket) -> bool:

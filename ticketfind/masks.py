@@ -49,25 +49,28 @@ def candidates(model: nn.Module, *, only: Sequence[str] = (), skip: Sequence[str
     """Every parameter of `model` once (tied ones under their first name), in the model's order.
 
     A tied parameter is pruned only if it can be under each of its names: an embedding stays whole.
-
-    only, skip: globs over parameter names. Raises TicketfindError for a glob that matches no parameter.
+    only, skip: globs over parameter names, of tied ones any. Raises TicketfindError for one that matches no parameter.
     """
     verdicts: dict[int, list[tuple[bool, str]]] = {}
     for module in model.modules():
         for attribute, parameter in module.named_parameters(recurse=False):
             verdicts.setdefault(id(parameter), []).append(_judge(module, attribute))
     parameters = dict(model.named_parameters())
-    for glob in (*only, *skip):
-        _check_glob(glob, parameters, "prune.only" if glob in only else "prune.skip")
+    names = {name: [name] for name in parameters}
+    for alias, name in aliases(model).items():
+        names[name].append(alias)
+    every = [name for known in names.values() for name in known]
+    check_globs(only, every, "prune.only")
+    check_globs(skip, every, "prune.skip")
     found = []
     for name, parameter in parameters.items():
         pruned, reason = min(verdicts[id(parameter)], key=lambda verdict: verdict[0])  # one that says no decides
+        if not parameter.requires_grad:
+            pruned, reason = False, "frozen"
         if only:
-            pruned, reason = (
-                matches(name, only),
-                "matches prune.only" if matches(name, only) else "not in prune.only",
-            )
-        if matches(name, skip):
+            pruned = any(matches(known, only) for known in names[name])
+            reason = "matches prune.only" if pruned else "not in prune.only"
+        if any(matches(known, skip) for known in names[name]):
             pruned, reason = False, "matches prune.skip"
         found.append(Candidate(name, tuple(parameter.shape), pruned, reason))
     return found
@@ -100,11 +103,12 @@ def matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
-def _check_glob(glob: str, names: Iterable[str], key: str) -> None:
-    names = list(names)
-    if not any(fnmatchcase(name, glob) for name in names):
-        shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-        raise TicketfindError(f"{key}: {glob!r} matches no parameter; there are {shown}")
+def check_globs(globs: Iterable[str], names: Sequence[str], key: str) -> None:
+    """Raise TicketfindError for a glob that matches none of `names`; `key` says where it stands."""
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+            raise TicketfindError(f"{key}: {glob!r} matches nothing; there are {shown}")
 
 
 # ---------------------------------------------------------------------------------------------- groups
@@ -122,11 +126,7 @@ def make_groups(names: Sequence[str], fractions: Mapping[str, float], scope: str
     """One group per tensor (scope "layer") or per glob (scope "global"); for each tensor the last glob that matches.
 
     Tensors with fraction 0, or with no glob, are in no group: they stay whole.
-    Raises TicketfindError for a glob that matches none of `names`.
     """
-    for glob in fractions:
-        if glob != "*":
-            _check_glob(glob, names, "prune.fraction")
     members: dict[str, list[str]] = {}
     for name in names:
         matching = [glob for glob in fractions if fnmatchcase(name, glob)]

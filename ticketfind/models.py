@@ -53,7 +53,8 @@ def source(
             return Source(lambda: copy.deepcopy(made), None)
         if not callable(made):
             raise TicketfindError(f"model {spec!r}: expected a class or function, found {type(made).__name__}")
-        return Source(_builder(spec, made, _sized(made, args, input_shape, classes)), None)
+        build = _builder(spec, made, _sized(made, args, input_shape, classes))
+        return Source(lambda: _own_copy(build()), None)
     return _timm_source(spec, args, input_shape, classes)
 
 
@@ -69,6 +70,14 @@ def _builder(spec: str, factory: Callable[..., Any], args: Mapping[str, Any]) ->
         return model
 
     return build
+
+
+def _own_copy(model: nn.Module) -> nn.Module:
+    """A copy, as a factory that caches would hand out the very module that is being trained."""
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError):  # hooks or tensors that cannot be copied: trust the factory
+        return model
 
 
 def _sized(

@@ -89,7 +89,7 @@ Tolerance = Annotated[
         "--tolerance", "Points below the dense accuracy that still match; default: one sd of the dense replicates."
     ),
 ]
-Device = Annotated[Text, _option("--device", "auto, cpu, cuda, cuda:1, mps.")]
+Device = Annotated[Text, _option("--device", "auto, cpu, cuda, cuda:1.")]
 Engine = Annotated[
     Text, _option("--engine", "auto, eager (one after another) or processes (side by side on CPU cores).")
 ]

@@ -1,5 +1,6 @@
 """Readers of recipe values: a raw value in, a clean one out, or ValueError naming what was expected."""
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -132,10 +133,13 @@ def flag(value: Any) -> bool:
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """A mapping with texts as keys."""
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError("a mapping from names to values")
-    return dict(value)
+    """A mapping from texts to values that JSON can hold, as the ticket file must."""
+    try:
+        if isinstance(value, Mapping) and json.loads(json.dumps(value)) == value:
+            return dict(value)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError("a mapping from names to plain values")
 
 
 def list_of(read: Reader, expected: str) -> Reader:

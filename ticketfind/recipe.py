@@ -125,7 +125,7 @@ class Run:
     seed: int = _key(readers.whole(0, 2**63 - 1), 0)
     """Replicate r uses seed + r."""
     device: str = _key(readers.text, "auto")
-    """auto, cpu, cuda, cuda:1, mps."""
+    """auto, cpu, cuda, cuda:1."""
     precision: str = _key(readers.choice("fp32"), "fp32")
     """Arithmetic of the training."""
     engine: str = _key(readers.choice("auto", "eager", "processes"), "auto")
@@ -260,7 +260,7 @@ def from_layers(*layers: Layer, where: str = "recipe") -> Recipe:
             raise RecipeError(f"{where}: expected a mapping of sections ({', '.join(SECTIONS)})")
         for section, keys in layer.items():
             if section == "name":
-                if isinstance(keys, str) and re.fullmatch(r"[\w][\w.+-]*", keys):
+                if isinstance(keys, str) and re.fullmatch(r"(?!latest$)[\w][\w.+-]*", keys):
                     name = keys
                 else:
                     faults.append(f"name: expected letters, digits and . _ + - (it names a folder), found {keys!r}")
@@ -297,11 +297,14 @@ def _shown(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with numbers as people write them: 1e-3 is a number here (YAML 1.1 wants 1.0e-3)."""
+    """YAML with numbers as people write them: 1e-3 is a number here (YAML 1.1 wants 1.0e-3).
+
+    Dates stay texts: a recipe is also kept as JSON, which has none.
+    """
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:float"]
+    first: [pair for pair in pairs if pair[0] not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(

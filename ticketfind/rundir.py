@@ -6,7 +6,7 @@ runs/NAME/  recipe.yaml  log.jsonl  init/  masks/  ticket.safetensors  evals/   
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,11 @@ class RunDir:
     def recipe_file(self) -> Path:
         """The resolved recipe."""
         return self.path / "recipe.yaml"
+
+    @property
+    def log_file(self) -> Path:
+        """One line per finished (round, replicate)."""
+        return self.path / "log.jsonl"
 
     @property
     def ticket_file(self) -> Path:
@@ -60,7 +65,7 @@ class RunDir:
 
     def log(self) -> list[dict[str, Any]]:
         """The finished (round, replicate) trainings; a torn last line counts as not written."""
-        file = self.path / "log.jsonl"
+        file = self.log_file
         if not file.exists():
             return []
         whole, _, _ = file.read_text(encoding="utf-8", errors="replace").rpartition("\n")
@@ -84,7 +89,7 @@ class RunDir:
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add one finished training to the log, on disk when this returns."""
-        file = self.path / "log.jsonl"
+        file = self.log_file
         try:
             _drop_torn_line(file)
             with file.open("a", encoding="utf-8") as log:
@@ -163,9 +168,15 @@ def begin(run: RunDir, recipe: Recipe) -> None:
 
 
 def forget_unstarted(run: RunDir) -> None:
-    """Remove what `begin` made, if no training has finished: a search that fails at once leaves nothing."""
-    if not run.log():
-        shutil.rmtree(run.path, ignore_errors=True)
+    """Remove what the search wrote, if no training has finished: one that fails at once leaves nothing."""
+    if run.log():
+        return
+    for file in (run.recipe_file, run.log_file):
+        file.unlink(missing_ok=True)
+    for folder in (run.path / "init", run.path / "masks"):
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # it holds other files
+        run.path.rmdir()
 
 
 def make_latest(run: RunDir) -> None:
@@ -183,13 +194,3 @@ def latest() -> RunDir:
     if not (LATEST / "recipe.yaml").is_file():
         raise TicketfindError("no run found (runs/latest); run ticketfind search first, or name a run or ticket")
     return RunDir(Path(os.path.relpath(LATEST.resolve())))
-
-
-def is_run(path: Path) -> bool:
-    """True if `path` is a run directory."""
-    return (path / "recipe.yaml").is_file()
-
-
-def eval_names(run: RunDir) -> Sequence[str]:
-    """Names of the evaluations in the run."""
-    return sorted(path.stem for path in (run.path / "evals").glob("*.json"))

@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,6 +67,7 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
     """The plan of a resolved recipe. Raises TicketfindError where nothing is left to prune."""
     settings = recipe.prune
     candidates = masks.candidates(model, only=settings.only, skip=settings.skip)
+    masks.check_globs(settings.fraction, [c.name for c in candidates], "prune.fraction")
     sizes = {c.name: torch.Size(c.shape).numel() for c in candidates if c.pruned}
     if not sizes:
         raise TicketfindError(
@@ -123,9 +125,10 @@ class _Job:
             todo = [replicate for replicate in replicates if (round, replicate) not in logged]
             arms = [self.arm(round, replicate) for replicate in todo]
             keep_at = plan.rewind if round == 0 else None
-            trained = fit(arms, self.task, recipe.train, way=recipe.run.engine, keep_at=keep_at, tick=self.watch.tick)
-            for replicate, (arm, outcome) in zip(todo, trained, strict=True):
-                self.finish(round, replicate, arm, outcome)
+            way, tick = recipe.run.engine, self.watch.tick
+            with closing(fit(arms, self.task, recipe.train, way=way, keep_at=keep_at, tick=tick)) as trained:
+                for replicate, (arm, outcome) in zip(todo, trained, strict=True):
+                    self.finish(round, replicate, arm, outcome)
             rundir.make_latest(run)
             self.watch.round(finished_rounds(run, recipe)[round])
         rounds = finished_rounds(run, recipe)

@@ -35,7 +35,7 @@ def load_object(spec: str, what: str) -> Any:
         found: Any = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
     except TicketfindError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TicketfindError(f"{what} {spec!r}: importing {place} failed: {one_line(error)}") from error
     for name in chain.split("."):
         if not hasattr(found, name):

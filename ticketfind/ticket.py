@@ -58,6 +58,22 @@ class Ticket:
         """Weights remaining, as a fraction of the prunable weights."""
         return masks.remaining(self.masks)
 
+    @property
+    def moved(self) -> bool:
+        """True under learning-rate rewinding: `init` is what the round before had trained."""
+        return bool(self._setting("prune", "rewind") == "lr")
+
+    @property
+    def from_checkpoint(self) -> bool:
+        """True if the search started from trained weights rather than from a random initialisation."""
+        args = self._setting("model", "args")
+        pretrained = isinstance(args, dict) and bool(args.get("pretrained"))
+        return pretrained or self._setting("model", "checkpoint") is not None
+
+    def _setting(self, section: str, key: str) -> Any:
+        keys = self.about.recipe.get(section)
+        return keys.get(key) if isinstance(keys, dict) else None
+
     def weights(self) -> dict[str, Tensor]:
         """A state dict: the initial weights with pruned ones zero, tied ones under all their names."""
         tied = {alias: self.masks[name] for alias, name in self.about.aliases.items() if name in self.masks}
@@ -131,6 +147,9 @@ class Ticket:
         if layout == "compact":
             about["shapes"] = {name: list(mask.shape) for name, mask in sorted(self.masks.items())}
             tensors |= {f"init/{name}": self.init[name][mask] for name, mask in self.masks.items()}
+            for alias, name in self.about.aliases.items():
+                if name in self.masks:
+                    del tensors[f"init/{alias}"]
             tensors |= {f"mask/{name}": pack_bits(mask) for name, mask in self.masks.items()}
         elif not self.complete:
             raise TicketfindError("a compact ticket has lost the pruned initial weights: it cannot be written in full")
@@ -162,6 +181,8 @@ def load_ticket(path: Path | str) -> Ticket:
         raise TicketfindError(f"{path}: expected masks (mask/...), found none: not a ticket")
     provenance = _provenance(path, about)
     for alias, name in provenance.aliases.items():
+        if compact and isinstance(name, str) and name in found_masks:
+            init.setdefault(alias, init[name])
         if not isinstance(name, str) or (
             name in found_masks and (alias not in init or init[alias].shape != init[name].shape)
         ):
@@ -224,7 +245,7 @@ def _unpack(path: Path, packed: Masks, init: dict[str, Tensor], shapes: Any) -> 
     if not isinstance(shapes, dict) or shapes.keys() != packed.keys():
         raise TicketfindError(f"{path}: metadata shapes: expected one for each mask of a compact ticket")
     for name, raw in shapes.items():
-        if not isinstance(raw, list) or not all(isinstance(side, int) and side >= 0 for side in raw):
+        if not isinstance(raw, list) or not all(type(side) is int and side >= 0 for side in raw):
             raise TicketfindError(f"{path}: metadata shapes: {name}: expected whole numbers, found {raw!r}")
         n = 1
         for side in raw:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -114,7 +114,7 @@ def fit(
     way: str,
     keep_at: int | None = None,
     tick: Tick = lambda n: None,
-) -> Iterator[tuple[Arm, Outcome]]:
+) -> Generator[tuple[Arm, Outcome], None, None]:
     """Train every arm to ``how.iterations``; each with its outcome, in order, as it is finished.
 
     way: how the arms share the device, as `engine.choose` says; the numbers do not depend on it beyond rounding.
@@ -168,8 +168,17 @@ def _fit_one(arm: Arm, task: Task, how: Train, keep_at: int | None, tick: Tick) 
 
 @torch.no_grad()
 def is_disconnected(task: Task, start: State, masks: Masks) -> bool:
-    """True if the masked network gives every input the same output."""
-    engine.put(task.model, start, masks)
+    """True if no input can change the masked network's output, whatever its remaining weights.
+
+    Tried with positive weights, which no activation cuts off, in place of those of `start` (a layer may start at zero).
+    """
+    generator = torch.Generator().manual_seed(0)
+    trained = {name for name, _ in task.model.named_parameters(remove_duplicate=False)}
+    drawn = {
+        name: (0.1 + 0.1 * torch.rand(value.shape, generator=generator)).to(value) if name in trained else value
+        for name, value in start.items()
+    }
+    engine.put(task.model, drawn, masks)
     task.model.eval()
     outputs = task.model(task.data.test.inputs[:64])
     return bool((outputs == outputs[:1]).all())

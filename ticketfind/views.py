@@ -1,6 +1,7 @@
 """How each result is shown: a table and a line for people, one object for --json (docs/json.md). No torch."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,7 +132,8 @@ def show_export(screen: Screen, ticket: "Ticket", path: Path, form: str) -> None
 
 def show_difference(screen: Screen, found: "Difference") -> None:
     """`diff`."""
-    rows = [_overlap_row(name, overlap) for name, overlap in [*found.tensors.items(), ("total", found.total)]]
+    tensors = sorted(found.tensors.items(), key=_natural)
+    rows = [_overlap_row(name, overlap) for name, overlap in [*tensors, ("total", found.total)]]
     screen.print(_table(("", "size", "in A", "in B", "in both", "Jaccard", "by chance", "agreement"), rows))
     init = f"initial weights: {'the same' if found.same_init else 'different'}"
     shared = (
@@ -169,7 +171,7 @@ def show_ticket(screen: Screen, ticket: "Ticket", path: Path) -> None:
     }
     rows = [
         (name, _shape(mask.shape), f"{int(mask.sum()):,}", f"{mask.numel():,}", percent(float(mask.float().mean())))
-        for name, mask in ticket.masks.items()
+        for name, mask in sorted(ticket.masks.items(), key=_natural)
     ]
     screen.print(_table(("", "shape", "kept", "of", "left"), rows))
     screen.message(f"round {about.round}, replicate {about.replicate}, weights of iteration {about.iteration}")
@@ -231,6 +233,11 @@ def show_candidates(screen: Screen, spec: str, found: Sequence["Candidate"]) -> 
 def plural(number: int, what: str) -> str:
     """``1 round``, ``2 rounds``."""
     return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def _natural(item: tuple[str, Any]) -> list[tuple[int, str]]:
+    """Sorts ``layers.2`` before ``layers.10``: a file keeps names in alphabetical order."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", item[0])]
 
 
 def _shape(shape: Sequence[int]) -> str:
