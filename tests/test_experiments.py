@@ -76,7 +76,7 @@ def test_the_tickets_arm_is_the_searchs_round_again(
         assert found.arms["dense"] == rounds[0].stats
     assert list(found.arms) == ["dense", "ticket", "reinit", "random"]
     assert [note.split(":")[0] for note in found.notes] == (
-        ["dense and random start from a fresh initialisation"] if rewind == "lr" else []
+        ["dense and random start from a fresh initialization"] if rewind == "lr" else []
     )
 
 
@@ -187,7 +187,7 @@ def test_noise_has_the_standard_deviation_asked_for_layer_by_layer(
             assert torch.equal(value, ticket.init[name]), name
 
 
-def test_noise_uses_the_sigma_of_the_initialisation_not_of_the_rewind_point(
+def test_noise_uses_the_sigma_of_the_initialization_not_of_the_rewind_point(
     make_task: Callable[..., Task], make_ticket: Callable[..., Ticket]
 ) -> None:
     ticket = make_ticket(make_task(Wide))
@@ -251,7 +251,7 @@ def test_a_model_whose_weights_ignore_the_seed_has_no_reinit(
     assert found.verdict.startswith(("inconclusive", "not matching"))
 
 
-def test_reinit_of_a_checkpoint_is_the_factorys_own_initialisation(
+def test_reinit_of_a_checkpoint_is_the_factorys_own_initialization(
     make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket],
     trained_arms: dict[str, Arm],
 ) -> None:  # fmt: skip
@@ -278,7 +278,7 @@ def test_dense_and_random_of_a_compact_ticket(
     own = ("ticket", "noise=0.5", "reinit")
     assert {name: compact.arms[name] for name in own} == {name: full.arms[name] for name in own}
     assert compact.arms.keys() - own == (set() if checkpoint else {"dense", "random"})
-    how = "are left out" if checkpoint else "start from a fresh initialisation"
+    how = "are left out" if checkpoint else "start from a fresh initialization"
     assert compact.notes == (f"dense and random {how}: a compact ticket no longer holds the pruned initial weights",)
     assert compact.verdict.startswith("inconclusive") or not checkpoint
     assert compact.remaining == full.remaining

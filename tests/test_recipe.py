@@ -435,7 +435,7 @@ def test_recipes_that_are_not_there(name, message):
         ((None, None, None), "digits", 1.2e-3),
         (("conv-2", None, None), "conv-2", 2e-4),
         ((None, "conv-4", "x/y.npz"), "conv-4", 3e-4),  # the recipe that is called as the model is
-        ((None, None, "/data/fashion/"), "lenet-300-100", 1.2e-3),
+        ((None, None, "/data/fashion/"), "fashion", 1e-3),
         ((None, "resnet10t", "/data/fashion/"), "resnet10t-fashion", 1e-3),
         ((None, "hf-hub:timm/resnet18", None), "resnet18", 1e-3),
         ((None, "dir/net.py:make", "a.npz"), "net.py-make-a.npz", 1e-3),

@@ -1,6 +1,8 @@
 """The run directory: a log that survives crashes, directories that are never mixed up."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,12 +27,36 @@ def test_paths_are_those_of_the_documentation() -> None:
     run = RunDir(Path("runs/digits"))
     found = [
         run.recipe_file, run.start_file(0), run.start_file(2, 7), run.mask_file(7, 0), run.mask_file(12, 3),
-        run.ticket_file, run.eval_file("07-now"),
+        run.ticket_file,
     ]  # fmt: skip
     assert [str(path.relative_to("runs/digits")) for path in found] == [
         "recipe.yaml", "init/0.safetensors", "init/07-2.safetensors", "masks/07-0.safetensors",
-        "masks/12-3.safetensors", "ticket.safetensors", "evals/07-now.json",
+        "masks/12-3.safetensors", "ticket.safetensors",
     ]  # fmt: skip
+
+
+def test_an_evaluation_never_replaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.strftime", lambda _: "20260101T000000")
+    names = []
+    for _ in range(3):
+        file = RunDir(tmp_path).new_eval_file(7)
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+        names.append(file.name)
+    assert names == ["07-20260101T000000.json", "07-20260101T000000-2.json", "07-20260101T000000-3.json"]
+
+
+def test_a_second_search_in_a_directory_is_refused(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    holder = "import sys, time\nfrom pathlib import Path\nfrom ticketfind.rundir import RunDir, sole_writer\n"
+    holder += "with sole_writer(RunDir(Path(sys.argv[1]))):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    with subprocess.Popen([sys.executable, "-c", holder, str(run.path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        with pytest.raises(TicketfindError, match="another search is at work here"), rundir.sole_writer(run):
+            pytest.fail("two writers")
+        process.kill()
+    with rundir.sole_writer(run):
+        assert run.lock_file.exists()
 
 
 # ---------------------------------------------------------------------------------------------- the log

@@ -548,7 +548,7 @@ def test_the_ticket_is_the_sparsest_matching_round(finished: tuple[RunDir, list[
     assert (about.round, about.replicate, about.iteration) == (3, best, 5)
     assert about.recipe == run.recipe().plain()
     assert about.claims == json.loads(json.dumps({"dense": rounds[0].stats.json(), "ticket": rounds[3].stats.json()}))
-    initial = task.start(5 + best)  # sigma is that of the initialisation, not of the rewind point
+    initial = task.start(5 + best)  # sigma is that of the initialization, not of the rewind point
     assert about.sigma == {
         name: pytest.approx(float(np.std(initial[name].double().numpy()))) for name in ("fc1.weight", "fc2.weight")
     }

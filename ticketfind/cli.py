@@ -165,7 +165,7 @@ def _resumable(run: "RunDir", screen: "Screen") -> Iterator[None]:
 def evaluate(
     target: options.TicketOrRun = None,
     noise: options.Noise = None,
-    trials: options.Trials = 5,
+    trials: options.Trials = None,
     round: options.Round = None,
     model: options.Model = None,
     model_arg: options.ModelArg = None,
@@ -175,6 +175,7 @@ def evaluate(
     seed: options.Seed = None,
     device: options.Device = None,
     engine: options.Engine = None,
+    setting: options.Setting = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -190,17 +191,18 @@ def evaluate(
     screen = terminal.Screen(as_json=as_json, quiet=quiet)
     run = _run_at(target)
     tickets = [load_ticket(str(target))] if run is None else searching.tickets(run, round)
-    count = trials if run is None else len(tickets)
+    if run is not None and trials is not None:
+        raise typer.BadParameter("--trials is for a ticket file; a run has its replicates")
+    count = len(tickets) if run is not None else trials or 5
     changes = {
         "model.spec": model,
         "model.args": _pairs(model_arg, "--model-arg"),
         "data.spec": data,
         "data.args": _pairs(data_arg, "--data-arg"),
-        "run.seed": seed,
         "run.device": device or ("auto" if run is None else None),
         "run.engine": engine or ("auto" if run is None else None),
     }
-    given = {key: value for key, value in changes.items() if value is not None}
+    given = {key: value for key, value in changes.items() if value is not None} | (_pairs(setting, "--set") or {})
     own = recipe.from_layers(tickets[0].about.recipe, where=str(target or "recipe"))
     asked = recipe.from_layers(assemble.for_ticket(own).plain(), recipe.nested(given))
     if run is None and not trust:
@@ -208,13 +210,14 @@ def evaluate(
     levels = sorted(set(noise or []))
     arms = experiments.arm_count(count, levels)
     resolved, task = assemble.assemble(asked, arms=arms)
+    first = resolved.run.seed if seed is None else seed
     with terminal.Progress(screen, "training") as progress:
         progress.begin(arms * int(resolved.train.iterations), 0)
         found = experiments.evaluate(
             tickets,
             task,
             resolved.train,
-            seeds=range(resolved.run.seed, resolved.run.seed + count),
+            seeds=range(first, first + count),
             way=resolved.run.engine,
             noise=levels,
             tolerance=resolved.run.tolerance,
@@ -222,8 +225,7 @@ def evaluate(
         )
     described = views.evaluation_json(found, str(target or (run and run.path)), time.monotonic() - began)
     if run is not None:
-        name = f"{tickets[0].about.round:02}-{time.strftime('%Y%m%dT%H%M%S')}"
-        files.write_text(run.eval_file(name), terminal.dump(described))
+        files.write_text(run.new_eval_file(tickets[0].about.round), terminal.dump(described))
     views.show_evaluation(screen, found, described)
 
 
@@ -233,7 +235,7 @@ def _refuse_code(asked: "Recipe", given: dict[str, Any], target: Path | None) ->
     if named:
         raise TicketfindError(
             f"{target}: names code ({', '.join(named)}), which is not imported from a file alone;"
-            " give --model and --data yourself, or --trust where you know the file"
+            " give them yourself (--model, --data, --set KEY=SPEC), or --trust where you know the file"
         )
 
 

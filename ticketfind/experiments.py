@@ -43,7 +43,7 @@ def evaluate(
     """Train `tickets`, dense, noisy and control arms, one of each for every seed, in one `fit`; compare.
 
     tickets: one per seed, or one for all seeds. noise: levels s; each initial weight gets Gaussian noise of standard
-    deviation s * sigma, sigma that of its layer's initialisation (the paper's appendix F.7), and is trained.
+    deviation s * sigma, sigma that of its layer's initialization (the paper's appendix F.7), and is trained.
     Raises TicketfindError where the ticket does not fit the task's model.
     """
     tickets = [*tickets] if len(tickets) > 1 else [*tickets] * len(seeds)
@@ -81,7 +81,7 @@ def _arms(
     fresh = _why_no_original(tickets[0])
     original = not (fresh and tickets[0].from_checkpoint)
     if fresh:
-        how = "start from a fresh initialisation" if original else "are left out"
+        how = "start from a fresh initialization" if original else "are left out"
         notes.append(f"dense and random {how}: {fresh}")
     reinit = _depends_on_seed(task, tickets[0])
     if not reinit:

@@ -20,19 +20,32 @@ def whole(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         temporary = Path(name)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.fchmod(handle, 0o666 & ~umask)
         os.close(handle)
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        _sync(temporary)
         temporary.replace(path)
+        if os.name == "posix":  # the new name must outlive a power cut too
+            _sync(path.parent)
     except OSError as error:
         raise TicketfindError(f"{path}: cannot write: {error.strerror or error}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def write_text(path: Path, text: str) -> None:

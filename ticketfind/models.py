@@ -22,12 +22,12 @@ class Source:
     """A model spec made ready: where fresh networks come from."""
 
     build: Callable[[], nn.Module]
-    """A network, freshly initialised from torch's default generator."""
+    """A network, freshly initialized from torch's default generator."""
     pretrained: State | None
-    """Weights that the spec asked for instead of a fresh initialisation."""
+    """Weights that the spec asked for instead of a fresh initialization."""
 
     def new(self, seed: int) -> nn.Module:
-        """A freshly initialised network; the same seed gives the same weights. Leaves torch's generator alone."""
+        """A freshly initialized network; the same seed gives the same weights. Leaves torch's generator alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.build()

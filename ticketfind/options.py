@@ -82,7 +82,7 @@ Optimizer = Annotated[Text, _option("--optimizer", "adam, adamw or sgd.")]
 
 # where and how often
 Replicates = Annotated[Whole, _option("--replicates", "Independent repetitions.")]
-Seed = Annotated[Whole, _option("--seed", "Replicate or trial r uses seed + r.")]
+Seed = Annotated[Whole, _option("--seed", "Replicate or trial r uses seed + r.", min=0)]
 Tolerance = Annotated[
     Real,
     _option(
@@ -112,12 +112,12 @@ Noise = Annotated[
     list[float] | None,
     _option(
         "--noise",
-        "Noise on the initial weights, in standard deviations of the layer's initialisation; repeatable.",
+        "Noise on the initial weights, in standard deviations of the layer's initialization; repeatable.",
         min=0,
     ),
 ]
 Trials = Annotated[
-    int, _option("--trials", "Trials of a ticket file: data order, noise, controls. A run has its replicates.", min=1)
+    Whole, _option("--trials", "Trials of a ticket file, 5 unless given; a run has its replicates.", min=1)
 ]
 Trust = Annotated[bool, _option("--trust", "Import the code that a ticket file names.")]
 Format = Annotated[

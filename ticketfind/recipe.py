@@ -43,9 +43,9 @@ class Model:
     args: dict[str, Any] = _key(readers.mapping, {})
     """Keyword arguments for the factory."""
     checkpoint: str | None = _key(readers.or_null(readers.text), None)
-    """File with the initial weights; null: the factory's own random initialisation."""
+    """File with the initial weights; null: the factory's own random initialization."""
     allow_mismatch: tuple[str, ...] = _key(readers.list_of(readers.text, "a list of globs"), [])
-    """Entries that the checkpoint may lack or have in another shape; they start freshly initialised."""
+    """Entries that the checkpoint may lack or have in another shape; they start freshly initialized."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ class Run:
     """What does not change the question: repetitions, seeds, the machine."""
 
     replicates: int = _key(readers.whole(1), 1)
-    """Independent repetitions: own initialisation, own data order."""
+    """Independent repetitions: own initialization, own data order."""
     seed: int = _key(readers.whole(0, 2**63 - 1), 0)
     """Replicate r uses seed + r."""
     device: str = _key(readers.text, "auto")
@@ -170,7 +170,8 @@ class Recipe:
 
         rewind = self.prune.rewind
         if rewind is None:
-            rewind = Duration(0 if self.model.checkpoint else 2, "it" if self.model.checkpoint else "%")
+            trained = self.model.checkpoint or self.model.args.get("pretrained")
+            rewind = Duration(0) if trained else Duration(2, "%")
         if isinstance(rewind, Duration):
             rewind = at(rewind)
             if int(rewind) >= max(total, 1):
@@ -179,6 +180,10 @@ class Recipe:
                 )
         if self.prune.rounds is None and self.prune.until is None:
             faults.append("prune.rounds: expected a number where prune.until is not given, found null")
+        if total and int(at(self.train.warmup)) > total:
+            faults.append(
+                f"train.warmup: expected at most the training's {total} iterations, found {int(at(self.train.warmup))}"
+            )
         if self.train.momentum and self.train.optimizer != "sgd":
             faults.append(f"train.momentum: expected 0 for {self.train.optimizer}, found {self.train.momentum:g}")
         if bool(self.train.milestones) != (self.train.schedule == "step"):
@@ -371,7 +376,6 @@ def base_layers(recipe: str | None, model: str | None, data: str | None) -> list
         return [find_layer(recipe)]
     if model is None and data is None:
         return [find_layer("digits")]
-    model = model or Model().spec
     if model in shipped():
         return [find_layer(model)]
     parts = [re.sub(r"[^\w.+-]+", "-", Path(spec.rpartition("/")[2] or spec).name) for spec in (model, data) if spec]

@@ -3,17 +3,24 @@
 runs/NAME/  recipe.yaml  log.jsonl  init/  masks/  ticket.safetensors  evals/   (docs/architecture.md has the whole)
 """
 
+import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ticketfind import TicketfindError, files
 from ticketfind.recipe import Recipe, differences, from_layers, read_layer
+
+try:
+    import fcntl
+except ImportError:  # Windows: nobody is kept out
+    fcntl = None  # type: ignore[assignment]
 
 RUNS = Path("runs")
 LATEST = RUNS / "latest"
@@ -34,6 +41,11 @@ class RunDir:
     def log_file(self) -> Path:
         """One line per finished (round, replicate)."""
         return self.path / "log.jsonl"
+
+    @property
+    def lock_file(self) -> Path:
+        """Held by the search that writes here."""
+        return self.path / ".lock"
 
     @property
     def ticket_file(self) -> Path:
@@ -57,9 +69,10 @@ class RunDir:
         """The masks that a round trains under."""
         return self.path / "masks" / f"{round:02}-{replicate}.safetensors"
 
-    def eval_file(self, name: str) -> Path:
-        """What an evaluation found."""
-        return self.path / "evals" / f"{name}.json"
+    def new_eval_file(self, round: int) -> Path:
+        """A name, not yet taken, for what an evaluation found."""
+        name = f"{round:02}-{time.strftime('%Y%m%dT%H%M%S')}"
+        return next(path for path in _names(self.path / "evals" / name, ".json") if not path.exists())
 
     # ------------------------------------------------------------------------------------------- the log
 
@@ -140,25 +153,37 @@ def claim(recipe: Recipe, out: Path | None) -> RunDir:
                     f"{out}: holds a run of another recipe ({'; '.join(differing)});"
                     " give another --out, or the same settings"
                 )
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        elif out.exists() and (not out.is_dir() or any(path != run.lock_file for path in out.iterdir())):
             raise TicketfindError(f"{out}: expected a run directory, an empty folder or nothing, found other files")
         return run
-    for path in _names(RUNS / recipe.name):
-        run = RunDir(path)
-        if not path.exists():
-            return run
-        with suppress(TicketfindError):
-            if run.recipe_file.exists() and not list(differences(recipe, run.recipe())):
-                return run
-    raise AssertionError("endless")
+    return next(run for run in map(RunDir, _names(RUNS / recipe.name)) if _is_free_for(recipe, run))
 
 
-def _names(path: Path) -> Iterator[Path]:
-    yield path
-    number = 2
-    while True:
-        yield path.with_name(f"{path.name}-{number}")
-        number += 1
+def _is_free_for(recipe: Recipe, run: RunDir) -> bool:
+    if not run.path.exists():
+        return True
+    with suppress(TicketfindError):
+        return run.recipe_file.exists() and not list(differences(recipe, run.recipe()))
+    return False
+
+
+def _names(path: Path, suffix: str = "") -> Iterator[Path]:
+    yield path.with_name(path.name + suffix)
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.name}-{number}{suffix}")
+
+
+@contextmanager
+def sole_writer(run: RunDir) -> Iterator[None]:
+    """Hold the run's directory. Raises TicketfindError where another process does; the hold ends with its process."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    with run.lock_file.open("w") as lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise TicketfindError(f"{run.path}: another search is at work here; wait for it or stop it") from None
+        yield
 
 
 def begin(run: RunDir, recipe: Recipe) -> None:
@@ -171,7 +196,7 @@ def forget_unstarted(run: RunDir) -> None:
     """Remove what the search wrote, if no training has finished: one that fails at once leaves nothing."""
     if run.log():
         return
-    for file in (run.recipe_file, run.log_file):
+    for file in (run.recipe_file, run.log_file, run.lock_file):
         file.unlink(missing_ok=True)
     for folder in (run.path / "init", run.path / "masks"):
         shutil.rmtree(folder, ignore_errors=True)

@@ -97,12 +97,13 @@ def search(recipe: Recipe, task: Task, run: RunDir, plan: Plan, score: ScoreFn, 
 
     Each (round, replicate) is on disk before the next begins; the winner's ticket is written at the end.
     """
-    rundir.begin(run, recipe)
-    try:
-        return _Job(recipe, task, run, plan, score, watch).rounds()
-    except TicketfindError:
-        rundir.forget_unstarted(run)
-        raise
+    with rundir.sole_writer(run):
+        rundir.begin(run, recipe)
+        try:
+            return _Job(recipe, task, run, plan, score, watch).rounds()
+        except TicketfindError:
+            rundir.forget_unstarted(run)
+            raise
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class _Job:
         return rounds
 
     def arm(self, round: int, replicate: int) -> Arm:
-        """Train from initialisation in round 0, then from the rewind point under the mask drawn before."""
+        """Train from initialization in round 0, then from the rewind point under the mask drawn before."""
         name, seed = f"round {round}, replicate {replicate}", self.recipe.run.seed + replicate
         if round == 0:
             return Arm(name, self.task.start(seed), {}, seed)

@@ -32,7 +32,7 @@ class Provenance:
     iteration: int
     """The iteration of the dense training that `init` was taken at: training starts here."""
     sigma: dict[str, float]
-    """Per masked parameter, the standard deviation of its initialisation (of the checkpoint's weights for one)."""
+    """Per masked parameter, the standard deviation of its initialization (of the checkpoint's weights for one)."""
     aliases: dict[str, str] = field(default_factory=dict)
     """Tied parameters: further name -> name of the mask."""
     claims: dict[str, Any] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Ticket:
 
     @property
     def from_checkpoint(self) -> bool:
-        """True if the search started from trained weights rather than from a random initialisation."""
+        """True if the search started from trained weights rather than from a random initialization."""
         args = self._setting("model", "args")
         pretrained = isinstance(args, dict) and bool(args.get("pretrained"))
         return pretrained or self._setting("model", "checkpoint") is not None

@@ -33,7 +33,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Share of examples whose highest output is the target; outputs [b, classes], targets [b]."""
-    return (outputs.argmax(-1) == targets).float().mean()
+    return (outputs.argmax(-1) == targets).double().mean()
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Task:
     data: Data
     device: torch.device
     fresh: Callable[[int], State]
-    """seed -> a fresh initialisation, on the CPU."""
+    """seed -> a fresh initialization, on the CPU."""
     given: State = field(default_factory=dict)
     """Weights from a checkpoint, which go over the fresh ones."""
     loss: LossFn = cross_entropy
