@@ -345,15 +345,14 @@ def test_stopped_and_gone_on(number, code, run, tmp_path):
     """Stopped by a signal in the middle, a search ends as one that was never stopped, to the bit."""
     words = ["search", "--iterations", "900", "--rounds", "4", "--replicates", "2", "--set", "train.eval_every=100"]
     command = [sys.executable, "-m", "ticketfind", *words, "--out", "stopped"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     log = tmp_path / "stopped/log.jsonl"
-    while not (log.exists() and log.read_text().count("\n") >= 3):
-        assert process.poll() is None, "the search ended too early to be stopped"
-        time.sleep(0.01)
-    process.send_signal(number)
-    assert process.wait(timeout=10) == code
-    assert "the same command goes on from there" in process.stdout.read()
-    process.stdout.close()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while not (log.exists() and log.read_text().count("\n") >= 3):
+            assert process.poll() is None, "the search ended too early to be stopped"
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait(timeout=10) == code
+        assert "the same command goes on from there" in process.stdout.read()
     assert not (tmp_path / "stopped/finished").exists()
 
     assert run(*words, "--out", "stopped").code == 0

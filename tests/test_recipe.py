@@ -454,6 +454,7 @@ def test_code_specs_are_those_that_would_import_something():
         "prune": {"score": "s:s"},
     }
     found = from_layers(layer)
-    assert list(found.code_specs()) == ["data.spec", "train.loss", "train.metric", "prune.score"]
+    keys = ["model.spec", "data.spec", "train.loss", "train.metric", "prune.score"]  # the hub is asked for the model
+    assert list(found.code_specs()) == keys
     assert "prune.score" not in found.code_specs(score=False)
     assert from_layers().code_specs() == {}

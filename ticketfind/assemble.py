@@ -119,7 +119,9 @@ def _check_fits(recipe: Recipe, task: Task) -> None:
 
 def for_ticket(recipe: Recipe) -> Recipe:
     """The recipe to train a ticket again: its weights are in the file, so no checkpoint is read or fetched."""
-    args = {key: value for key, value in recipe.model.args.items() if key != "pretrained" or is_code(recipe.model.spec)}
+    args = recipe.model.args
+    if not is_code(recipe.model.spec):
+        args = {key: value for key, value in args.items() if key not in models.WEIGHT_ARGS}
     model = dataclasses.replace(recipe.model, checkpoint=None, allow_mismatch=(), args=args)
     return dataclasses.replace(recipe, model=model)
 

@@ -135,24 +135,25 @@ def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") 
     if dry_run:
         return views.show_plan(screen, recipe, plan)
     run = rundir.claim(recipe, out)
-    if run.is_finished:
+    rounds = searching.finished_rounds(run, recipe)
+    if run.is_finished and len(rounds) == len(plan.kept):
         screen.message(f"{run.path}: this search is finished; its result:")
-        rounds = searching.finished_rounds(run)
         views.show_rounds(screen, rounds)
     else:
         doing = "goes on with" if run.recipe_file.exists() else "searches"
         replicates = views.plural(recipe.run.replicates, "replicate")
         screen.message(f"{run.path}: {doing} {recipe.model.spec} on {recipe.data.spec}, {replicates}, {task.device}")
-        with _resumable(run, screen), terminal.SearchWatch(screen) as watch:
+        with _resumable(run, screen), terminal.SearchWatch(screen, _heed) as watch:
             rounds = searching.search(recipe, task, run, plan, score, watch)
     views.show_search(screen, run, rounds, time.monotonic() - began)
 
 
 @contextmanager
 def _resumable(run: "RunDir", screen: "Screen") -> Iterator[None]:
-    """Ctrl-C and SIGTERM end a search with a word on how to go on."""
+    """A search that is stopped ends with a word on how to go on."""
     try:
-        yield
+        with _training():
+            yield
     except _Stopped as stop:
         screen.message(f"stopped; finished trainings are kept in {run.path}; the same command goes on from there")
         sys.exit(stop.exit_code)
@@ -191,14 +192,16 @@ def evaluate(
     screen = terminal.Screen(as_json=as_json, quiet=quiet)
     run = _run_at(target)
     tickets = [load_ticket(str(target))] if run is None else searching.tickets(run, round)
+    if run is None and round is not None:
+        raise typer.BadParameter("--round is for a run; a ticket file is one ticket")
     if run is not None and trials is not None:
         raise typer.BadParameter("--trials is for a ticket file; a run has its replicates")
     count = len(tickets) if run is not None else trials or 5
     changes = {
         "model.spec": model,
-        "model.args": _pairs(model_arg, "--model-arg"),
+        "model.args": _pairs(model_arg, "--model-arg") or (None if model is None else {}),
         "data.spec": data,
-        "data.args": _pairs(data_arg, "--data-arg"),
+        "data.args": _pairs(data_arg, "--data-arg") or (None if data is None else {}),
         "run.device": device or ("auto" if run is None else None),
         "run.engine": engine or ("auto" if run is None else None),
     }
@@ -211,7 +214,7 @@ def evaluate(
     arms = experiments.arm_count(count, levels)
     resolved, task = assemble.assemble(asked, arms=arms)
     first = resolved.run.seed if seed is None else seed
-    with terminal.Progress(screen, "training") as progress:
+    with _training(), terminal.Progress(screen, "training", _heed) as progress:
         progress.begin(arms * int(resolved.train.iterations), 0)
         found = experiments.evaluate(
             tickets,
@@ -224,9 +227,9 @@ def evaluate(
             tick=progress.tick,
         )
     described = views.evaluation_json(found, str(target or (run and run.path)), time.monotonic() - began)
+    views.show_evaluation(screen, found, described)
     if run is not None:
         files.write_text(run.new_eval_file(tickets[0].about.round), terminal.dump(described))
-    views.show_evaluation(screen, found, described)
 
 
 def _refuse_code(asked: "Recipe", given: dict[str, Any], target: Path | None) -> None:
@@ -396,8 +399,33 @@ class _Stopped(BaseException):
         self.exit_code = 128 + signal_number
 
 
-def _stop(signal_number: int, _frame: object) -> NoReturn:
-    raise _Stopped(signal_number)
+class _Signals:
+    """While a command trains, a signal is only noted, and heeded between two iterations: files stay whole."""
+
+    training = False
+    noted: int | None = None
+
+
+def _stop(signal_number: int, _frame: object) -> None:
+    if _Signals.training and _Signals.noted is None:
+        _Signals.noted = signal_number
+    else:  # a second one does not wait
+        raise _Stopped(signal_number)
+
+
+def _heed() -> None:
+    if _Signals.noted is not None:
+        raise _Stopped(_Signals.noted)
+
+
+@contextmanager
+def _training() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the training inside between two iterations."""
+    _Signals.training, _Signals.noted = True, None
+    try:
+        yield
+    finally:
+        _Signals.training, _Signals.noted = False, None
 
 
 def _fail(error: TicketfindError, code: int) -> NoReturn:
@@ -413,6 +441,7 @@ def main() -> None:
     """The console script: errors become one line each, exit code 1; usage and recipe errors 2."""
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
+    stdout = sys.stdout
     try:
         app()
     except _Stopped as stop:
@@ -422,3 +451,5 @@ def main() -> None:
         from ticketfind.recipe import RecipeError
 
         _fail(error, 2 if isinstance(error, RecipeError) else 1)
+    finally:
+        sys.stdout = stdout

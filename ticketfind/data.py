@@ -169,6 +169,8 @@ def _tensor(raw: Any, what: str) -> Tensor:
 
 def _rows(raw: Any, what: str) -> Tensor:
     tensor = _tensor(raw, what)
+    if tensor.is_complex():
+        raise TicketfindError(f"{what}: expected real numbers, found {tensor.dtype}")
     if tensor.ndim == 0:
         raise TicketfindError(f"{what}: expected an array with one row per example, found a single number")
     return tensor
@@ -183,6 +185,10 @@ def _from_arrays(spec: str, arrays: Mapping[str, Any], scale: float = 255) -> di
             f"data {spec}: expected x_train, y_train, x_test, y_test (and x_val, y_val together or neither);"
             f" found no {', '.join(missing)}, but {', '.join(arrays) or 'nothing'}"
         )
+    kinds = {key: _kind(arrays[key]) for key in ("x_train", "x_val", "x_test") if key in arrays}
+    if len(set(kinds.values())) > 1:
+        found = ", ".join(f"{key} {kind}" for key, kind in kinds.items())
+        raise TicketfindError(f"data {spec}: expected inputs of one kind in all splits, found {found}")
     parts = {"train": "train", "test": "test"} | ({"validation": "val"} if "x_val" in arrays else {})
     return {
         part: Split(
@@ -191,6 +197,12 @@ def _from_arrays(spec: str, arrays: Mapping[str, Any], scale: float = 255) -> di
         )
         for part, key in parts.items()
     }
+
+
+def _kind(raw: Any) -> str:
+    """What `_inputs` makes of an array's type: pixels are scaled, numbers are not."""
+    name = str(getattr(raw, "dtype", "")).removeprefix("torch.")
+    return "bytes" if name == "uint8" else "numbers" if name.startswith(("float", "bfloat", "bool")) else name
 
 
 def _read_npz(path: Path) -> dict[str, Any]:

@@ -187,7 +187,7 @@ class Lane:
         self._model.eval()
         sums = torch.zeros(len(functions), dtype=torch.float64, device=split.inputs.device)
         per_example = max(1, math.prod(split.inputs.shape[1:]))
-        size = max(batch_size, 2**20 // per_example)
+        size = max(batch_size, min(2**20 // per_example, 16 * batch_size))
         for start in range(0, len(split), size):
             targets = split.targets[start : start + size]
             outputs = self._model(split.inputs[start : start + size])

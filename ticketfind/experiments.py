@@ -99,7 +99,10 @@ def _arms(
 
     pairs = list(zip(tickets, seeds, strict=True))
     for ticket, seed in pairs if original else ():
-        add_original("dense", ticket, seed, {})
+        if ticket.about.iteration and not ticket.from_checkpoint:  # the whole training, as the search's round 0
+            add("dense", seed, task.fresh(ticket.first_seed), {}, 0)
+        else:
+            add_original("dense", ticket, seed, {})
     for ticket, seed in pairs:
         add("ticket", seed, ticket.init, ticket.masks, ticket.about.iteration)
     for level in noise:
@@ -160,12 +163,15 @@ def verdict(arms: dict[str, Stats], remaining: float, *, tolerance: float | None
     if not results.is_matching(ticket, dense, results.tolerance(dense, tolerance, test_size)):
         return f"not matching: {figures}"
     if ticket.replicates < 2:
-        return f"inconclusive: {figures}, in a single trial; give more replicates or --trials"
+        return (
+            f"inconclusive: {figures}, in a single trial;"
+            " search with more --replicates, or give the ticket file and --trials"
+        )
     missing = [name for name in CONTROLS if name not in arms]
     if missing:
         return f"inconclusive: {figures}; not compared with {' and '.join(missing)}"
     controls = ", ".join(f"{name} {_percent(arms[name])}" for name in CONTROLS)
-    beaten = [name for name in CONTROLS if _clearly_above(ticket, arms[name])]
+    beaten = [name for name in CONTROLS if _clearly_above(ticket, arms[name], test_size)]
     if len(beaten) == len(CONTROLS):
         return f"winning: {figures}; the controls stay below ({controls})"
     equal = [
@@ -178,9 +184,18 @@ def verdict(arms: dict[str, Stats], remaining: float, *, tolerance: float | None
     return f"inconclusive: {figures}; the controls are not clearly below ({controls})"
 
 
-def _clearly_above(a: Stats, b: Stats) -> bool:
-    variance = sum((s.accuracy_early.sd or 0.0) ** 2 / s.replicates for s in (a, b))
-    return a.accuracy_early.mean - b.accuracy_early.mean > 2 * math.sqrt(variance)
+_T_975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+"""97.5 % points of Student's t for 1, 2, ... degrees of freedom; from 16 on the last is used."""
+
+
+def _clearly_above(a: Stats, b: Stats, test_size: int) -> bool:
+    """Welch's test (Welch 1947) at 2.5 %, one-sided; no spread is taken for smaller than one test example."""
+    least = 1 / test_size
+    terms = [(max(s.accuracy_early.sd or 0.0, least) ** 2 / s.replicates, s.replicates - 1) for s in (a, b)]
+    variance = sum(term for term, _ in terms)
+    freedom = variance**2 / sum(term**2 / degrees for term, degrees in terms)
+    quantile = _T_975[min(max(int(freedom), 1), len(_T_975)) - 1]
+    return a.accuracy_early.mean - b.accuracy_early.mean > quantile * math.sqrt(variance)
 
 
 def _percent(stats: Stats) -> str:
@@ -206,6 +221,10 @@ class Difference:
 def difference(a: Ticket, b: Ticket) -> Difference:
     """Compare two tickets. Raises TicketfindError where they are of different networks."""
     overlaps = masks.compare(a.masks, b.masks)
-    same_init = a.init.keys() == b.init.keys() and all(torch.equal(a.init[name], b.init[name]) for name in a.init)
+    ours, theirs = a.init, b.init
+    if not (a.complete and b.complete):  # a compact ticket holds what both masks keep, and no more
+        both = {name: mask & b.masks[name] for name, mask in a.masks.items()}
+        ours, theirs = a.weights(both), b.weights(both)
+    same_init = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     same_masks = all(torch.equal(a.masks[name], b.masks[name]) for name in a.masks)
     return Difference(same_masks, same_init, overlaps)

@@ -13,6 +13,8 @@ from ticketfind import TicketfindError
 from ticketfind.nets import NETS
 from ticketfind.specs import is_code, load_object, one_line, suggest
 
+WEIGHT_ARGS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+"""Arguments of timm's factory that say where trained weights come from."""
 State = dict[str, Tensor]
 """Every parameter and buffer of a model by its state-dict key."""
 
@@ -112,6 +114,10 @@ def _timm_source(
 ) -> Source:
     import timm
 
+    if "checkpoint_path" in args:
+        raise TicketfindError(
+            f"model {spec!r}: checkpoint_path: give the file with --checkpoint, which runs no code in it"
+        )
     name = spec.removeprefix("timm:")
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
         known = [*NETS, *timm.list_models()]

@@ -16,7 +16,7 @@ import yaml
 
 from ticketfind import TicketfindError, readers
 from ticketfind.readers import Duration, Reader
-from ticketfind.specs import is_code, suggest
+from ticketfind.specs import is_foreign, suggest
 
 Layer = Mapping[str, Any]
 """A recipe or a part of one as read from YAML: section -> key -> value."""
@@ -213,7 +213,7 @@ class Recipe:
         )
 
     def code_specs(self, *, score: bool = True) -> dict[str, str]:
-        """The specs that would import other people's code: key path -> spec."""
+        """The specs that would import other people's code or ask a hub for a model: key path -> spec."""
         specs = {
             "model.spec": self.model.spec,
             "data.spec": self.data.spec,
@@ -221,7 +221,7 @@ class Recipe:
             "train.metric": self.train.metric,
             "prune.score": self.prune.score if score else None,
         }
-        return {key: spec for key, spec in specs.items() if spec is not None and is_code(spec)}
+        return {key: spec for key, spec in specs.items() if spec is not None and is_foreign(spec)}
 
     def plain(self) -> dict[str, Any]:
         """As nested dicts of plain values; `from_layers(recipe.plain())` gives an equal recipe."""
@@ -387,9 +387,10 @@ def nested(settings: Mapping[str, Any]) -> Layer:
     layer: dict[str, Any] = {}
     for path, value in settings.items():
         section, _, key = path.partition(".")
-        if key:
-            layer.setdefault(section, {})[key] = value
-        else:
+        part = layer.setdefault(section, {}) if key else None
+        if isinstance(part, dict):
+            part[key] = value
+        elif not key:
             layer[section] = value
     return layer
 

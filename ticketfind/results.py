@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ticketfind import TicketfindError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
@@ -78,8 +80,11 @@ def tolerance(dense: Stats, given: float | None, test_size: int) -> float:
 
 
 def is_matching(stats: Stats, dense: Stats, allowed: float) -> bool:
-    """True if the mean accuracy at early stop is at most `allowed` (a fraction) below the dense mean."""
-    return stats.accuracy_early.mean >= dense.accuracy_early.mean - allowed
+    """True if the mean accuracy at early stop is at most `allowed` (a fraction) below the dense mean.
+
+    Equal up to rounding counts as equal: whole images decide.
+    """
+    return stats.accuracy_early.mean >= dense.accuracy_early.mean - allowed - 1e-9
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,16 @@ def rounds_of(log: Sequence[Mapping[str, Any]], *, replicates: int, given_tolera
         lines = by_round.get(number, {})
         if len(lines) < replicates:
             break
+        lacking = [
+            key
+            for key in (*Measured.__dataclass_fields__, "remaining", "test_size")
+            for r in lines
+            if key not in lines[r]
+        ]
+        if lacking:
+            raise TicketfindError(
+                f"log.jsonl: round {number}: expected {', '.join(sorted(set(lacking)))}, found no such key"
+            )
         measured = [
             Measured(**{key: lines[r][key] for key in Measured.__dataclass_fields__}) for r in range(replicates)
         ]

@@ -147,12 +147,7 @@ def claim(recipe: Recipe, out: Path | None) -> RunDir:
     if out is not None:
         run = RunDir(out)
         if run.recipe_file.exists():
-            differing = list(differences(recipe, run.recipe()))
-            if differing:
-                raise TicketfindError(
-                    f"{out}: holds a run of another recipe ({'; '.join(differing)});"
-                    " give another --out, or the same settings"
-                )
+            _check_same(recipe, run)
         elif out.exists() and (not out.is_dir() or any(path != run.lock_file for path in out.iterdir())):
             raise TicketfindError(f"{out}: expected a run directory, an empty folder or nothing, found other files")
         return run
@@ -176,20 +171,38 @@ def _names(path: Path, suffix: str = "") -> Iterator[Path]:
 @contextmanager
 def sole_writer(run: RunDir) -> Iterator[None]:
     """Hold the run's directory. Raises TicketfindError where another process does; the hold ends with its process."""
-    run.path.mkdir(parents=True, exist_ok=True)
-    with run.lock_file.open("w") as lock:
-        if fcntl is not None:
-            try:
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock = run.lock_file.open("w")
+    except OSError as error:
+        raise TicketfindError(f"{run.path}: cannot write: {error.strerror}") from error
+    with lock:
+        try:
+            if fcntl is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise TicketfindError(f"{run.path}: another search is at work here; wait for it or stop it") from None
+        except BlockingIOError:
+            raise TicketfindError(f"{run.path}: another search is at work here; wait for it or stop it") from None
+        except OSError:
+            pass  # a file system without locks
         yield
 
 
-def begin(run: RunDir, recipe: Recipe) -> None:
-    """Make the directory and write the recipe, if that is not done."""
-    if not run.recipe_file.exists():
-        files.write_text(run.recipe_file, recipe.to_yaml())
+def begin(run: RunDir, recipe: Recipe) -> bool:
+    """Write the recipe, if that is not done; True if it was not. Raises TicketfindError where another one is there."""
+    if run.recipe_file.exists():
+        _check_same(recipe, run)
+        return False
+    files.write_text(run.recipe_file, recipe.to_yaml())
+    return True
+
+
+def _check_same(recipe: Recipe, run: RunDir) -> None:
+    differing = list(differences(recipe, run.recipe()))
+    if differing:
+        raise TicketfindError(
+            f"{run.path}: holds a run of another recipe ({'; '.join(differing)});"
+            " give another --out, or the same settings"
+        )
 
 
 def forget_unstarted(run: RunDir) -> None:

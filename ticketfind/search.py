@@ -98,11 +98,12 @@ def search(recipe: Recipe, task: Task, run: RunDir, plan: Plan, score: ScoreFn, 
     Each (round, replicate) is on disk before the next begins; the winner's ticket is written at the end.
     """
     with rundir.sole_writer(run):
-        rundir.begin(run, recipe)
+        is_new = rundir.begin(run, recipe)
         try:
             return _Job(recipe, task, run, plan, score, watch).rounds()
         except TicketfindError:
-            rundir.forget_unstarted(run)
+            if is_new:
+                rundir.forget_unstarted(run)
             raise
 
 
@@ -152,7 +153,7 @@ class _Job:
             if not self.recipe.prune.allow_collapse and is_disconnected(self.task, start, mask):
                 raise TicketfindError(
                     f"{name}: no weight is left in {emptied}, and the output no longer depends on the input;"
-                    " use scope layer, fewer rounds, or --set prune.allow_collapse=true"
+                    " use scope layer or fewer rounds, or start anew with --set prune.allow_collapse=true"
                 )
         return Arm(name, start, mask, seed, self.plan.rewind)
 
@@ -169,7 +170,8 @@ class _Job:
             about = {"ticketfind": json.dumps(_about_start(arm.start, plan, self.task))}
             save_tensors(self.start_file(0, replicate), start, about)
         if round + 1 < len(plan.kept):
-            new = self.prune(round, replicate, old, outcome.final, start)
+            initial = read_tensors(self.start_file(0, replicate), "rewind point")[0] if plan.moves else start
+            new = self.prune(round, replicate, old, outcome.final, initial)
             assert masks.nested(new, old), f"{arm.name}: a pruned weight has come back"
             assert masks.count(new) == plan.kept[round + 1], f"{arm.name}: {masks.count(new)} weights kept"
             if plan.moves:
@@ -178,13 +180,13 @@ class _Job:
             save_tensors(self.run.mask_file(round + 1, replicate), new)
         self.run.append(_log_line(round, replicate, old, outcome, len(self.task.data.test)))
 
-    def prune(self, round: int, replicate: int, old: Masks, final: State, start: State) -> Masks:
+    def prune(self, round: int, replicate: int, old: Masks, final: State, initial: State) -> Masks:
         """Score on the training device, keep the highest."""
         device = self.task.device
         trained = {name: final[name].to(device) for name in self.plan.shapes}
-        initial = {name: start[name].to(device) for name in self.plan.shapes}
+        before = {name: initial[name].to(device) for name in self.plan.shapes}
         seed = derived_seed(self.recipe.run.seed + replicate, "score", round)
-        scores = masks.score(self.score, trained, initial, seed=seed)
+        scores = masks.score(self.score, trained, before, seed=seed)
         drawn = masks.prune({name: mask.to(device) for name, mask in old.items()}, scores, self.plan.groups)
         return {name: mask.cpu() for name, mask in drawn.items()}
 

@@ -22,6 +22,11 @@ def is_code(spec: str) -> bool:
     return ":" in spec and not spec.startswith(_OTHER_SCHEMES)
 
 
+def is_foreign(spec: str) -> bool:
+    """True if `spec` names code, or a model that is described elsewhere (a hub, a folder)."""
+    return ":" in spec and not spec.startswith("timm:")
+
+
 def load_object(spec: str, what: str) -> Any:
     """Import the object that `spec` names; `what` ("model", "loss") is for the message.
 

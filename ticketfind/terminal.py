@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -25,21 +25,29 @@ class Screen:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json, self.quiet = as_json, quiet
         self.console = _console(stderr=as_json)
+        self._stdout = sys.stdout
+        if as_json:
+            sys.stdout = sys.stderr  # what a user's own code prints
 
     def print(self, renderable: Any = "") -> None:
         """Something for people."""
-        if not self.quiet and not self.as_json:
-            self.console.print(renderable, highlight=False)
+        if self.quiet or self.as_json:
+            return
+        width, natural = self.console.width, self.console.measure(renderable).maximum
+        if isinstance(renderable, Table):  # never cut a number: let the terminal wrap
+            self.console.width = max(width, natural)
+        self.console.print(renderable, highlight=False, crop=False)
+        self.console.width = width
 
     def message(self, text: str) -> None:
         """A line about what goes on, escaped; with --json to stderr."""
         if not self.quiet:
-            self._line(text)
+            self._line(text.replace("\n", " "))
 
     def result(self, line: str, data: Mapping[str, Any]) -> None:
         """The outcome: `line` for people (with -q too), `data` with --json."""
         if self.as_json:
-            print(dump(data))
+            print(dump(data), file=self._stdout, flush=True)
         else:
             self._line(line)
 
@@ -49,7 +57,7 @@ class Screen:
 
 def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 120)
+    return Console(stderr=stderr, width=None if stream.isatty() else 120, emoji=False)
 
 
 def printable(text: str) -> str:
@@ -64,7 +72,7 @@ def dump(data: Mapping[str, Any]) -> str:
 
 def error(text: str) -> None:
     """An error on stderr, a line each."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     for line in printable(text).splitlines():
         console.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=not console.is_terminal, highlight=False)
 
@@ -152,8 +160,9 @@ class RoundRows:
 class Progress:
     """One line with a bar, iterations a second and the time left; on a terminal only. Drawn by `tick`, no thread."""
 
-    def __init__(self, screen: Screen, what: str) -> None:
-        self._screen, self._what = screen, what
+    def __init__(self, screen: Screen, what: str, between: Callable[[], None] = lambda: None) -> None:
+        """between: called at every tick, between two iterations."""
+        self._screen, self._what, self._between = screen, what, between
         self._total = self._done = self._before = 0
         self._began = self._drawn = time.monotonic()
         self._live: Live | None = None
@@ -176,6 +185,7 @@ class Progress:
 
     def tick(self, iterations: int) -> None:
         """Iterations done since the last call."""
+        self._between()
         self._done += iterations
         now = time.monotonic()
         if self._live is not None and now - self._drawn > 0.1:
@@ -198,8 +208,8 @@ class Progress:
 class SearchWatch(Progress):
     """Shows a search: a row for each finished round, the progress line under them."""
 
-    def __init__(self, screen: Screen) -> None:
-        super().__init__(screen, "searching")
+    def __init__(self, screen: Screen, between: Callable[[], None] = lambda: None) -> None:
+        super().__init__(screen, "searching", between)
         self._rows = RoundRows(screen.console.width)
         self._shown = False
 

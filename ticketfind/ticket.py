@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,10 +75,20 @@ class Ticket:
         keys = self.about.recipe.get(section)
         return keys.get(key) if isinstance(keys, dict) else None
 
-    def weights(self) -> dict[str, Tensor]:
-        """A state dict: the initial weights with pruned ones zero, tied ones under all their names."""
-        tied = {alias: self.masks[name] for alias, name in self.about.aliases.items() if name in self.masks}
-        return masks.masked(self.init, {**self.masks, **{k: m for k, m in tied.items() if k in self.init}})
+    @property
+    def first_seed(self) -> int:
+        """The seed that the replicate was initialized with."""
+        seed = self._setting("run", "seed")
+        return (seed if isinstance(seed, int) else 0) + self.about.replicate
+
+    def weights(self, under: Masks | None = None) -> dict[str, Tensor]:
+        """A state dict: the initial weights with pruned ones zero, tied ones under all their names.
+
+        under: other masks than the ticket's own.
+        """
+        kept = self.masks if under is None else under
+        tied = {alias: kept[name] for alias, name in self.about.aliases.items() if name in kept}
+        return masks.masked(self.init, {**kept, **{k: m for k, m in tied.items() if k in self.init}})
 
     def check_fits(self, model: nn.Module) -> None:
         """Raise TicketfindError, naming every entry that differs, unless this ticket is of `model`'s architecture."""
@@ -194,7 +205,7 @@ def _read_about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if _KEY not in metadata:
         raise TicketfindError(f"{path}: expected a ticket, found a safetensors file without ticketfind metadata")
     try:
-        about = json.loads(metadata[_KEY])
+        about = json.loads(metadata[_KEY], parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise TicketfindError(f"{path}: expected JSON in the ticketfind metadata: {error}") from error
     if not isinstance(about, dict) or not isinstance(about.get("format"), int):
@@ -206,6 +217,10 @@ def _read_about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if about.get("layout") not in ("full", "compact"):
         raise TicketfindError(f"{path}: layout: expected full or compact, found {about.get('layout')!r}")
     return about
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON number")
 
 
 def _provenance(path: Path, about: Mapping[str, Any]) -> Provenance:
@@ -234,10 +249,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The bool mask of `shape` that `pack_bits` packed."""
     bits = (packed.unsqueeze(1) >> torch.arange(7, -1, -1, dtype=torch.uint8)) & 1
-    n = 1
-    for side in shape:
-        n *= side
-    return bits.flatten()[:n].bool().view(shape)
+    return bits.flatten()[: math.prod(shape)].bool().view(shape)
 
 
 def _unpack(path: Path, packed: Masks, init: dict[str, Tensor], shapes: Any) -> None:
@@ -247,9 +259,9 @@ def _unpack(path: Path, packed: Masks, init: dict[str, Tensor], shapes: Any) -> 
     for name, raw in shapes.items():
         if not isinstance(raw, list) or not all(type(side) is int and side >= 0 for side in raw):
             raise TicketfindError(f"{path}: metadata shapes: {name}: expected whole numbers, found {raw!r}")
-        n = 1
-        for side in raw:
-            n *= side
+        n = math.prod(raw)
+        if len(raw) > 64 or math.prod(side or 1 for side in raw) > 2**48:
+            raise TicketfindError(f"{path}: metadata shapes: {name}: expected a tensor's shape, found {raw!r}")
         if packed[name].dtype != torch.uint8 or packed[name].shape != ((n + 7) // 8,) or name not in init:
             raise TicketfindError(f"{path}: mask/{name}: expected {(n + 7) // 8} bytes and init/{name} for shape {raw}")
         mask = unpack_bits(packed[name], tuple(raw))

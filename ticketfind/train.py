@@ -1,5 +1,6 @@
 """Training arms and measuring them: schedule of evaluations, early stop, metrics. Knows no rounds and no disk."""
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Generator, Sequence
@@ -145,7 +146,8 @@ def _fit_one(arm: Arm, task: Task, how: Train, keep_at: int | None, tick: Tick) 
     stops = sorted(stop for stop in measured_at | {keep_at or 0} if stop > arm.first)
     cuda = [task.device] if task.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
-        lane = engine.Lane(task.model, arm.start, arm.masks, how, task.loss, derived_seed(arm.seed, "draws"))
+        model = copy.deepcopy(task.model)  # what is in no state dict starts afresh too
+        lane = engine.Lane(model, arm.start, arm.masks, how, task.loss, derived_seed(arm.seed, "draws"))
         kept = lane.state() if keep_at == arm.first else None
         points: list[Point] = []
         losses: list[float] = []
@@ -170,18 +172,26 @@ def _fit_one(arm: Arm, task: Task, how: Train, keep_at: int | None, tick: Tick) 
 def is_disconnected(task: Task, start: State, masks: Masks) -> bool:
     """True if no input can change the masked network's output, whatever its remaining weights.
 
-    Tried with positive weights, which no activation cuts off, in place of those of `start` (a layer may start at zero).
+    A layer may start at zero, so equal outputs under `start` do not say it. Then positive weights, which no rectifier
+    cuts off, are tried in their place, and believed where the whole network with such weights does tell inputs apart.
     """
+    model = copy.deepcopy(task.model).eval()
+    inputs = task.data.test.inputs[:64]
+
+    def tells_apart(state: State, under: Masks) -> bool:
+        engine.put(model, state, under)
+        outputs = model(inputs)
+        return not bool((outputs == outputs[:1]).all())
+
+    if tells_apart(start, masks):
+        return False
     generator = torch.Generator().manual_seed(0)
-    trained = {name for name, _ in task.model.named_parameters(remove_duplicate=False)}
-    drawn = {
+    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    positive = {
         name: (0.1 + 0.1 * torch.rand(value.shape, generator=generator)).to(value) if name in trained else value
         for name, value in start.items()
     }
-    engine.put(task.model, drawn, masks)
-    task.model.eval()
-    outputs = task.model(task.data.test.inputs[:64])
-    return bool((outputs == outputs[:1]).all())
+    return tells_apart(positive, {}) and not tells_apart(positive, masks)
 
 
 def batch_indices(examples: int, batch_size: int, seed: int, start: int, stop: int) -> Tensor:

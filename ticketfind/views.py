@@ -248,7 +248,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int =
     """A plain table: the first `left` columns to the left, the rest (numbers) to the right."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number < left else "right", overflow="fold", no_wrap=number >= left)
+        made.add_column(column, justify="left" if number < left else "right", no_wrap=True)
     for row in rows:
-        made.add_row(*(escape(printable(cell)) for cell in row))
+        made.add_row(*(escape(printable(cell.replace("\n", " "))) for cell in row))
     return made
