@@ -1,6 +1,5 @@
 """The commands: parse, call, show. What they compute is elsewhere."""
 
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ticketfind import TicketfindError, __version__, options
+from ticketfind import TicketfindError, __version__, options, signals
 
 if TYPE_CHECKING:
     from ticketfind.recipe import Recipe
@@ -143,7 +142,7 @@ def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") 
         doing = "goes on with" if run.recipe_file.exists() else "searches"
         replicates = views.plural(recipe.run.replicates, "replicate")
         screen.message(f"{run.path}: {doing} {recipe.model.spec} on {recipe.data.spec}, {replicates}, {task.device}")
-        with _resumable(run, screen), terminal.SearchWatch(screen, _heed) as watch:
+        with _resumable(run, screen), terminal.SearchWatch(screen, signals.heed) as watch:
             rounds = searching.search(recipe, task, run, plan, score, watch)
     views.show_search(screen, run, rounds, time.monotonic() - began)
 
@@ -152,9 +151,9 @@ def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") 
 def _resumable(run: "RunDir", screen: "Screen") -> Iterator[None]:
     """A search that is stopped ends with a word on how to go on."""
     try:
-        with _training():
+        with signals.training():
             yield
-    except _Stopped as stop:
+    except signals.Stopped as stop:
         screen.message(f"stopped; finished trainings are kept in {run.path}; the same command goes on from there")
         sys.exit(stop.exit_code)
 
@@ -214,7 +213,7 @@ def evaluate(
     arms = experiments.arm_count(count, levels)
     resolved, task = assemble.assemble(asked, arms=arms)
     first = resolved.run.seed if seed is None else seed
-    with _training(), terminal.Progress(screen, "training", _heed) as progress:
+    with signals.training(), terminal.Progress(screen, "training", signals.heed) as progress:
         progress.begin(arms * int(resolved.train.iterations), 0)
         found = experiments.evaluate(
             tickets,
@@ -392,42 +391,6 @@ def _ticket_at(path: Path | None, round: int | None, replicate: int | None) -> "
     return load_ticket(path), path.stem
 
 
-class _Stopped(BaseException):
-    """Ctrl-C or SIGTERM."""
-
-    def __init__(self, signal_number: int) -> None:
-        self.exit_code = 128 + signal_number
-
-
-class _Signals:
-    """While a command trains, a signal is only noted, and heeded between two iterations: files stay whole."""
-
-    training = False
-    noted: int | None = None
-
-
-def _stop(signal_number: int, _frame: object) -> None:
-    if _Signals.training and _Signals.noted is None:
-        _Signals.noted = signal_number
-    else:  # a second one does not wait
-        raise _Stopped(signal_number)
-
-
-def _heed() -> None:
-    if _Signals.noted is not None:
-        raise _Stopped(_Signals.noted)
-
-
-@contextmanager
-def _training() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the training inside between two iterations."""
-    _Signals.training, _Signals.noted = True, None
-    try:
-        yield
-    finally:
-        _Signals.training, _Signals.noted = False, None
-
-
 def _fail(error: TicketfindError, code: int) -> NoReturn:
     from ticketfind import terminal
 
@@ -439,12 +402,11 @@ def _fail(error: TicketfindError, code: int) -> NoReturn:
 
 def main() -> None:
     """The console script: errors become one line each, exit code 1; usage and recipe errors 2."""
-    signal.signal(signal.SIGINT, _stop)
-    signal.signal(signal.SIGTERM, _stop)
+    signals.install()
     stdout = sys.stdout
     try:
         app()
-    except _Stopped as stop:
+    except signals.Stopped as stop:
         print("stopped", file=sys.stderr)
         sys.exit(stop.exit_code)
     except TicketfindError as error:
