@@ -33,9 +33,10 @@ class Screen:
         """Something for people."""
         if self.quiet or self.as_json:
             return
-        width, natural = self.console.width, self.console.measure(renderable).maximum
+        width = self.console.width
         if isinstance(renderable, Table):  # never cut a number: let the terminal wrap
-            self.console.width = max(width, natural)
+            unbounded = self.console.options.update(max_width=1000)
+            self.console.width = max(width, self.console.measure(renderable, options=unbounded).maximum)
         self.console.print(renderable, highlight=False, crop=False)
         self.console.width = width
 

@@ -1,0 +1,55 @@
+"""What people see stays whole on any width, and no name from a file steers the terminal."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from ticketfind import terminal, views
+from ticketfind.experiments import Difference
+from ticketfind.masks import Overlap
+from ticketfind.results import Round, Spread, Stats
+
+
+def shown(width: int) -> tuple[terminal.Screen, io.StringIO]:
+    screen, text = terminal.Screen(), io.StringIO()
+    screen.console = Console(file=text, width=width, force_terminal=True, color_system=None, emoji=False)
+    return screen, text
+
+
+@pytest.mark.parametrize("width", [20, 50, 80, 200])
+def test_tables_never_cut_a_number_or_a_name(width: int) -> None:
+    screen, text = shown(width)
+    overlap = Overlap(size=1234567, kept_a=765432, kept_b=654321, kept_both=543210, expected_both=405691.2)
+    views.show_difference(screen, Difference(False, False, {"layers.10.attention.weight": overlap}))
+    found = text.getvalue().replace("\n", " ")
+    for whole in (
+        "layers.10.attention.weight",
+        "1,234,567",
+        "765,432",
+        "654,321",
+        "543,210",
+        "0.620",
+        "0.400",
+        "0.452",
+    ):
+        assert whole in found
+    assert "…" not in found
+
+
+@pytest.mark.parametrize("width", [40, 58, 70, 100])
+def test_rows_of_rounds_line_up_and_fit(width: int) -> None:
+    rows = terminal.RoundRows(width)
+    stats = Stats(*(Spread(value, 0.0027, (value,)) for value in (0.9755, 0.976)), Spread(720, 0, (720,)))
+    header = rows.header().plain
+    lines = [rows.row(Round(number, 0.5**number, stats, True, 0)).plain for number in (0, 1, 12)]
+    assert all(line.startswith(" ") and line[: len(header)].rstrip()[-1].isdigit() for line in lines[1:])
+    assert "97.55 ± 0.27" in lines[1] and lines[1].endswith("matching")
+    assert max(map(len, lines)) <= max(width + 3, 42)
+
+
+def test_control_characters_are_shown_not_obeyed() -> None:
+    screen, text = shown(80)
+    screen.message("a\x1b]0;pwned\x07b\nwinner: fake :fire:")
+    assert text.getvalue().count("\n") == 1
+    assert "\x1b]0" not in text.getvalue() and ":fire:" in text.getvalue()
