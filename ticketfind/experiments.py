@@ -181,7 +181,8 @@ def verdict(arms: dict[str, Stats], remaining: float, *, tolerance: float | None
     ]
     if equal:
         return f"matching but not special: {figures}; so does {' and '.join(equal)} ({controls})"
-    return f"inconclusive: {figures}; the controls are not clearly below ({controls})"
+    unclear = " and ".join(name for name in CONTROLS if name not in beaten)
+    return f"inconclusive: {figures}; not clearly above {unclear} ({controls}), which more replicates may settle"
 
 
 _T_975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
