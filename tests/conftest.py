@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from ticketfind import masks
 from ticketfind import search as searching
-from ticketfind.data import Data, Split
+from ticketfind.batches import Data, Split
+from ticketfind.layers import from_layers
 from ticketfind.masks import SCORES, ScoreFn
-from ticketfind.recipe import Recipe, Train, from_layers
+from ticketfind.recipe import Recipe, Train
 from ticketfind.results import Round
 from ticketfind.rundir import RunDir
 from ticketfind.ticket import Provenance, Ticket

@@ -130,7 +130,7 @@ def test_the_whole_job(run, tmp_path):
 
     assert run("inspect", "--json").json["finished"] is True
     assert run("inspect", "digits-ticket.safetensors", "--json").json["tensors"]["fc1.weight"]["kept"] == 15360
-    parameters = run("inspect", "lenet-300-100", "--data", "digits", "--json").json
+    parameters = run("inspect", "lenet-300-100", "--data", "digits", "--set", "data.validation=200", "--json").json
     assert parameters["prunable"] == 50200 and parameters["tensors"]["fc1.bias"]["reason"] == "bias"
     assert not list(tmp_path.rglob("*.tmp"))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from ticketfind import TicketfindError, data
+from ticketfind import TicketfindError, data, formats
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -16,6 +16,10 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 @pytest.fixture(autouse=True)
 def _same_path_afterwards(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+def shape_of(found):
+    return tuple(found.train.inputs.shape[1:])
 
 
 def load(spec, args=None, validation=None, seed=0):
@@ -29,7 +33,7 @@ def test_digits_are_the_1797_of_scikit_learn():
     found = load("digits", validation=200)
     assert [len(split) for split in (found.train, found.validation, found.test)] == [1197, 200, 400]
     assert len(load("digits", validation=None).validation) == 140  # a tenth of 1,397, rounded
-    assert (found.input_shape, found.classes) == ((1, 8, 8), 10)
+    assert (shape_of(found), found.classes) == ((1, 8, 8), 10)
     inputs = torch.cat([split.inputs for split in (found.train, found.validation, found.test)])
     targets = torch.cat([split.targets for split in (found.train, found.validation, found.test)])
     assert targets.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # UCI's class counts
@@ -104,7 +108,7 @@ def test_a_validation_split_of_its_own_is_used(tmp_path):
 def test_pixels_become_fractions_and_channels_come_first(tmp_path):
     pixels = np.arange(40 * 6 * 5 * 3).reshape(40, 6, 5, 3).astype(np.uint8)
     found = load(npz(tmp_path, **arrays(x_train=pixels, x_test=pixels[:10])), validation=1)
-    assert (found.input_shape, found.train.inputs.dtype) == ((3, 6, 5), torch.float32)
+    assert (shape_of(found), found.train.inputs.dtype) == ((3, 6, 5), torch.float32)
     np.testing.assert_array_equal(found.test.inputs, pixels[:10].transpose(0, 3, 1, 2).astype(np.float32) / 255)
 
 
@@ -122,7 +126,7 @@ def test_pixels_become_fractions_and_channels_come_first(tmp_path):
 )
 def test_kinds_of_inputs(tmp_path, inputs, shape, dtype):
     found = load(npz(tmp_path, **arrays(x_train=inputs, x_test=inputs[:10])))
-    assert (found.input_shape, found.train.inputs.dtype) == (shape, dtype)
+    assert (shape_of(found), found.train.inputs.dtype) == (shape, dtype)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +136,7 @@ def test_kinds_of_inputs(tmp_path, inputs, shape, dtype):
         (np.arange(40, dtype=np.uint8)[:, None] % 7, 7, ()),  # a column of labels
         (np.arange(40) / 7, None, ()),
         (np.zeros((40, 3)), None, (3,)),
-        (np.zeros((40, 3), int), None, (3,)),
+        (np.zeros((40, 3), int), 1, (3,)),  # a label for each place
     ],
 )
 def test_kinds_of_targets(tmp_path, targets, classes, shape):
@@ -160,9 +164,9 @@ def test_a_batch_is_examples_by_index(tmp_path):
         ({"x_train": np.r_[np.zeros(11), np.nan, np.zeros(26), np.inf, 0][:, None]}, "NaN or infinity in example 11"),
         ({"x_test": np.full((10, 1), np.inf)}, "test: expected finite inputs, found NaN or infinity in example 0"),
         ({"y_train": np.zeros(39, int)}, "train: expected as many inputs as targets, found 40 and 39"),
-        ({"y_test": np.arange(10) - 1}, "test: expected labels from 0, found -1"),
+        ({"y_test": np.arange(10) - 1}, "test: expected labels from 0 (or -100 for what does not count), found -1"),
         ({"x_test": np.zeros((0, 1)), "y_test": np.zeros(0, int)}, "test: expected examples, found none"),
-        ({"x_test": np.zeros((10, 2))}, r"test: expected inputs of shape (1,) as in train, found (2,)"),
+        ({"x_test": np.zeros((10, 2))}, r"test: expected inputs of shape (1,) as in train, found them of shape (2,)"),
         ({"x_val": np.zeros((2, 1))}, "found no y_val, but x_train"),
         ({"x_train": np.array(3.0)}, "x_train: expected an array with one row per example, found a single number"),
         ({"y_train": np.array(["cat"] * 40)}, "y_train: expected numbers, found ndarray: TypeError"),
@@ -226,7 +230,10 @@ def test_an_npz_with_a_damaged_array_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("digit", "data 'digit': expected digits, a folder of IDX files, a .npz or .safetensors file"),
+        (
+            "digit",
+            "data 'digit': expected digits, a folder of images (a folder for each class) or of IDX",
+        ),
         ("digit", "did you mean digits?"),
         ("/no/such/folder", "found no such file or folder"),
         ("missing.npz", "found no such file or folder"),
@@ -264,7 +271,7 @@ def test_a_folder_as_mnist_has_it(tmp_path, suffix):
     pixels = idx_folder(tmp_path, suffix)
     found = load(tmp_path, validation=3)
     assert [len(split) for split in (found.train, found.validation, found.test)] == [27, 3, 8]
-    assert (found.input_shape, found.classes) == ((1, 5, 4), 4)
+    assert (shape_of(found), found.classes) == ((1, 5, 4), 4)
     np.testing.assert_array_equal(found.test.inputs[:, 0], pixels["t10k"].astype(np.float32) / 255)
     assert found.test.targets.tolist() == [0, 1, 2, 3] * 2
 
@@ -273,7 +280,7 @@ def test_a_folder_as_mnist_has_it(tmp_path, suffix):
 def test_idx_numbers_of_every_type(tmp_path, dtype):
     array = (np.arange(12).reshape(3, 4) * 10.5).astype(dtype)
     (tmp_path / "a-idx2").write_bytes(idx(array))
-    found = data.read_idx(tmp_path / "a-idx2")
+    found = formats.read_idx(tmp_path / "a-idx2")
     assert str(found.dtype) == f"torch.{dtype}"
     np.testing.assert_array_equal(found.numpy(), array)
 
@@ -293,14 +300,14 @@ def test_idx_numbers_of_every_type(tmp_path, dtype):
 def test_files_that_are_no_idx(tmp_path, content, message):
     (tmp_path / "a-idx3-ubyte").write_bytes(content)
     with pytest.raises(TicketfindError, match=f"a-idx3-ubyte: {message}"):
-        data.read_idx(tmp_path / "a-idx3-ubyte")
+        formats.read_idx(tmp_path / "a-idx3-ubyte")
 
 
 @pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"x" * 1000)[:-9]])
 def test_damaged_gzip_is_named(tmp_path, content):
     (tmp_path / "a-idx3-ubyte.gz").write_bytes(content)
     with pytest.raises(TicketfindError, match=r"a-idx3-ubyte\.gz: expected an IDX file"):
-        data.read_idx(tmp_path / "a-idx3-ubyte.gz")
+        formats.read_idx(tmp_path / "a-idx3-ubyte.gz")
 
 
 def test_an_idx_folder_that_lacks_a_file_is_named(tmp_path):
@@ -315,7 +322,7 @@ def test_fashion_mnist_is_what_gzip_and_numpy_read():
         pytest.skip("needs the Debian package dataset-fashion-mnist")
     found = load(FASHION_MNIST, validation=5000)
     assert [len(split) for split in (found.train, found.validation, found.test)] == [55_000, 5_000, 10_000]
-    assert (found.input_shape, found.classes) == ((1, 28, 28), 10)
+    assert (shape_of(found), found.classes) == ((1, 28, 28), 10)
     with gzip.open(FASHION_MNIST / "t10k-images-idx3-ubyte.gz") as file:
         pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(10_000, 28, 28)
     with gzip.open(FASHION_MNIST / "t10k-labels-idx1-ubyte.gz") as file:
@@ -392,7 +399,7 @@ def factories(tmp_path):
 def test_factories(factories, name, args, sizes):
     found = load(f"{factories}:{name}", args)
     assert [len(split) for split in (found.train, found.validation, found.test)] == sizes
-    assert (found.input_shape, found.classes, found.train.targets.dtype) == ((2,), 3, torch.int64)
+    assert (shape_of(found), found.classes, found.train.targets.dtype) == ((2,), 3, torch.int64)
 
 
 def test_a_data_set_is_read_in_order(factories):
@@ -406,15 +413,18 @@ def test_a_data_set_is_read_in_order(factories):
     [
         ("none", "expected (train, test) or (train, validation, test), found NoneType"),
         ("one", "expected (train, test) or (train, validation, test), found tuple of 1"),
-        ("single", "train: expected (input, target) examples, found Tensor at 0"),
+        ("single", "train: expected (input, target) or dict examples, found Tensor at 0"),
         ("fails", "the factory failed: RuntimeError: no network"),
-        ("numbers", "train: expected a pair of tensors (inputs, targets) or a map-style Dataset, found int"),
-        ("ragged", "train: expected examples of one shape, found input (2,) and target () at 1, (1,) and () before"),
+        (
+            "numbers",
+            "train: expected a pair or dict of tensors, or a Dataset (map-style or iterable)",
+        ),
+        ("ragged", "train: input: expected examples of one shape, found (2,) at 1, and (1,) before"),
         ("words", "train: input 0: expected numbers, found str: TypeError"),
-        ("alone", "train: expected (input, target) examples, found Tensor at 0"),
-        ("broken", "train: expected (input, target) examples, found float at 0"),
+        ("alone", "train: expected (input, target) or dict examples, found Tensor at 0"),
+        ("broken", "train: expected (input, target) or dict examples, found float at 0"),
         ("empty", "train: expected examples, found none"),
-        ("other_shape", "test: expected inputs of shape (2,) as in train, found (3,)"),
+        ("other_shape", "test: expected inputs of shape (2,) as in train, found them of shape (3,)"),
         ("nothing", "has no 'nothing'"),
     ],
 )

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import typer
 
-from ticketfind import cli, recipe
+from ticketfind import cli, layers, recipe
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -276,14 +276,14 @@ def test_recipe_keys_and_defaults_are_documented(section: str) -> None:
     documented = {cells[0].strip("`"): cells[1].strip("`") for cells in rows(sections(read("recipes.md"), 3)[section])}
     assert documented.keys() == {key.name for key in fields(recipe.SECTIONS[section])}
     for key, default in documented.items():
-        given = recipe.from_layers({section: {key: recipe.parse_value(default)}})
+        given = layers.from_layers({section: {key: layers.parse_value(default)}})
         assert getattr(given, section) == getattr(recipe.Recipe(), section), key
 
 
 def test_shipped_recipes_are_documented() -> None:
     table = rows(sections(read("recipes.md"), 2)["Shipped recipes"])
     documented = {cells[0].strip("`"): [cells[2], cells[3], cells[4].split(",")[0], *cells[5:9:2]] for cells in table}
-    shipped = {name: recipe.from_layers(recipe.read_layer(path)) for name, path in recipe.shipped().items()}
+    shipped = {name: layers.from_layers(layers.read_layer(path)) for name, path in layers.shipped().items()}
     assert documented.keys() == shipped.keys()
     for name, found in shipped.items():
         train, prune = found.train, found.prune
@@ -339,7 +339,7 @@ def test_examples_of_python_run(page: str) -> None:
 
 def test_the_example_recipe_is_one() -> None:
     (example,) = fences(read("recipes.md"), "yaml")
-    assert recipe.from_layers(recipe.parse_value(example)).run.replicates == 3
+    assert layers.from_layers(layers.parse_value(example)).run.replicates == 3
 
 
 # ---------------------------------------------------------------------------------- what stays light

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
 from ticketfind import TicketfindError, engine
-from ticketfind.data import Split
+from ticketfind.batches import Split
 from ticketfind.engine import Diverged, Lane, learning_rate
 from ticketfind.recipe import Train
 from ticketfind.train import Arm, Task, cross_entropy, fit
@@ -383,7 +383,7 @@ def test_choose(
 @pytest.mark.parametrize(("device", "cores"), [("cuda", 8), ("cpu", 1)])
 def test_choose_refuses_what_is_not_possible(device: str, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "cores", lambda: cores)
-    with pytest.raises(TicketfindError, match=r"run\.engine: processes needs Linux and several CPU cores"):
+    with pytest.raises(TicketfindError, match=r"run\.engine: processes needs Linux, several CPU cores"):
         engine.choose("processes", torch.device(device), arms=5, parameters=1)
 
 

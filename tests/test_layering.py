@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ticketfind"
 MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-LIGHT = ("rundir", "results", "recipe", "readers", "specs", "files", "terminal", "views", "options", "cli")
+LIGHT = ("rundir", "results", "recipe", "layers", "readers", "specs", "files", "terminal", "views", "options", "cli")
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ def test_light_modules_import_no_torch(name: str) -> None:
     assert not _reach(name) & {"torch", "timm", "numpy", "safetensors"}
 
 
-def test_only_models_imports_timm() -> None:
-    assert [name for name in MODULES if any(i.name == "timm" for i in IMPORTS[name])] == ["models"]
+def test_only_models_and_images_import_timm() -> None:
+    assert [name for name in MODULES if any(i.name == "timm" for i in IMPORTS[name])] == ["images", "models"]
 
 
 def test_the_package_itself_imports_nothing_heavy() -> None:
@@ -166,7 +166,7 @@ import os
 import torch.nn
 from typing import TYPE_CHECKING
 from ticketfind import TicketfindError, masks
-from ticketfind.data import Split
+from ticketfind.batches import Split
 if TYPE_CHECKING:
     from ticketfind.search import Plan
 class A:
@@ -175,4 +175,4 @@ class A:
         from ticketfind import ticket
 """
     found = [(i.name, i.in_function) for i in _imports(source)]
-    assert found == [("torch", False), ("masks", False), ("data", False), ("numpy", True), ("ticket", True)]
+    assert found == [("torch", False), ("masks", False), ("batches", False), ("numpy", True), ("ticket", True)]

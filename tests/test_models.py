@@ -41,7 +41,8 @@ def user(tmp_path):
 
 
 def new(spec, args=None, input_shape=(3, 32, 32), classes=7, seed=0):
-    return models.source(spec, args or {}, input_shape=input_shape, classes=classes).new(seed)
+    example = None if input_shape is None else torch.zeros(2, *input_shape)
+    return models.source(spec, args or {}, example=example, outputs=classes).new(seed)
 
 
 def shapes(model):
@@ -99,7 +100,7 @@ def test_a_module_that_can_be_imported():
 
 @pytest.mark.parametrize("spec", ["lenet-300-100", "resnet10t", "user:Net", "user:stochastic"])
 def test_the_same_seed_gives_the_same_weights_and_torchs_generator_is_left_alone(spec, user):
-    source = models.source(spec.replace("user", user), {}, input_shape=(1, 16, 16), classes=3)
+    source = models.source(spec.replace("user", user), {}, example=torch.zeros(2, 1, 16, 16), outputs=3)
     torch.manual_seed(99)
     before = torch.get_rng_state()
     a, b, c = (models.state_of(source.new(seed)) for seed in (1, 1, 2))
@@ -136,7 +137,7 @@ def test_pretrained_weights_are_kept_and_a_new_head_is_drawn_from_the_seed(tmp_p
     torch.save(saved, tmp_path / "r.pth")
     args = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "r.pth")}}
     before = torch.get_rng_state()
-    source = models.source("resnet10t", args, input_shape=(3, 32, 32), classes=7)
+    source = models.source("resnet10t", args, example=torch.zeros(2, 3, 32, 32), outputs=7)
     assert torch.equal(torch.get_rng_state(), before)
     assert source.pretrained is not None
     assert "fc.weight" not in source.pretrained

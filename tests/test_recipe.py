@@ -4,9 +4,10 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from ticketfind import TicketfindError, readers, recipe
+from ticketfind import TicketfindError, layers, readers
+from ticketfind.layers import from_layers
 from ticketfind.readers import Duration
-from ticketfind.recipe import Recipe, RecipeError, from_layers
+from ticketfind.recipe import Recipe, RecipeError
 
 # ------------------------------------------------------------------------------------- round trips
 
@@ -25,7 +26,7 @@ values = st.recursive(
     max_leaves=5,
 )
 fractions = st.floats(0.001, 0.999)
-layers = st.fixed_dictionaries(
+some_layers = st.fixed_dictionaries(
     {},
     optional={
         "name": st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", fullmatch=True),
@@ -57,19 +58,19 @@ layers = st.fixed_dictionaries(
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
-@given(layers)
+@given(some_layers)
 def test_a_recipe_reads_back_equal_from_plain_values_and_from_yaml(layer):
     asked = from_layers(layer)
     assert from_layers(asked.plain()) == asked
-    again = from_layers(recipe.parse_value(asked.to_yaml()))
+    again = from_layers(layers.parse_value(layers.to_yaml(asked)))
     assert again == asked
     assert list(again.prune.fraction) == list(asked.prune.fraction)  # the order decides: the last match counts
 
 
 def test_a_recipe_file_reads_back_equal(tmp_path):
     asked = from_layers({"model": {"spec": "naïve.py:größe", "args": {"tag": "1e-3"}}, "train": {"lr": 1e-7}})
-    (tmp_path / "r.yaml").write_text(asked.to_yaml(), encoding="utf-8")
-    assert from_layers(recipe.read_layer(tmp_path / "r.yaml")) == asked
+    (tmp_path / "r.yaml").write_text(layers.to_yaml(asked), encoding="utf-8")
+    assert from_layers(layers.read_layer(tmp_path / "r.yaml")) == asked
 
 
 def test_the_default_recipe_is_what_an_empty_one_gives():
@@ -92,7 +93,7 @@ def test_the_default_recipe_is_what_an_empty_one_gives():
     ],
 )
 def test_shipped_recipes_are_the_papers(name, iterations, batch_size, optimizer, lr, fraction, scope):
-    found = from_layers(recipe.find_layer(name)).resolved(
+    found = from_layers(layers.find_layer(name)).resolved(
         train_size=45_000, validation=5_000, device="cpu", engine="eager"
     )
     assert found.name == name
@@ -105,7 +106,7 @@ def test_shipped_recipes_are_the_papers(name, iterations, batch_size, optimizer,
 
 
 def test_every_shipped_recipe_is_tested_above():
-    assert sorted(recipe.shipped()) == sorted(
+    assert sorted(layers.shipped()) == sorted(
         ["digits", "lenet-300-100", "conv-2", "conv-4", "conv-6", "resnet-20", "vgg-19"]
     )
 
@@ -114,7 +115,7 @@ def test_every_shipped_recipe_is_tested_above():
     ("name", "milestones"), [("resnet-20", [20_000, 25_000]), ("vgg-19", [56_250, 84_375])]
 )  # vgg-19: epochs 80 and 120 of 45,000 / 64 iterations
 def test_milestones_of_the_shipped_recipes(name, milestones):
-    found = from_layers(recipe.find_layer(name)).resolved(train_size=45_000, validation=1, device="cpu", engine="eager")
+    found = from_layers(layers.find_layer(name)).resolved(train_size=45_000, validation=1, device="cpu", engine="eager")
     assert list(map(int, found.train.milestones)) == milestones
 
 
@@ -146,7 +147,7 @@ def test_milestones_of_the_shipped_recipes(name, milestones):
     ],
 )
 def test_values_are_read_as_people_write_them(text, value):
-    found = recipe.parse_value(text)
+    found = layers.parse_value(text)
     assert (found, type(found)) == (value, type(value))
 
 
@@ -226,7 +227,7 @@ def test_weights_remaining(raw, value):
 )
 def test_a_bad_value_is_named_with_its_key_and_what_was_expected(key, value, expected):
     with pytest.raises(RecipeError) as error:
-        from_layers(recipe.nested({key: value}))
+        from_layers(layers.nested({key: value}))
     assert str(error.value).startswith(f"{key}: expected {expected}")
     assert repr(value) in str(error.value)
 
@@ -294,7 +295,7 @@ def test_a_resolved_recipe_has_nothing_left_implicit():
 def test_resolving_twice_changes_nothing():
     once = resolve({"train": {"schedule": "step", "milestones": ["2ep", "50%"], "warmup": "3%"}})
     assert once.resolved(train_size=1000, validation=100, device="cpu", engine="eager") == once
-    assert from_layers(recipe.parse_value(once.to_yaml())) == once
+    assert from_layers(layers.parse_value(layers.to_yaml(once))) == once
 
 
 @pytest.mark.parametrize(
@@ -338,9 +339,9 @@ def test_contradictions_too_are_reported_at_once():
     with pytest.raises(RecipeError) as error:
         resolve({"train": {"iterations": 5, "batch_size": 2000, "momentum": 0.9}, "prune": {"rewind": 5}})
     assert [line.split(":")[0] for line in str(error.value).splitlines()] == [
+        "train.momentum",
         "train.batch_size",
         "prune.rewind",
-        "train.momentum",
     ]
 
 
@@ -356,7 +357,7 @@ def test_later_layers_win_and_mappings_are_replaced_whole():
 
 
 def test_nested_settings():
-    assert recipe.nested({"train.lr": 1, "train.loss": "a:b", "name": "x"}) == {
+    assert layers.nested({"train.lr": 1, "train.loss": "a:b", "name": "x"}) == {
         "train": {"lr": 1, "loss": "a:b"},
         "name": "x",
     }
@@ -365,8 +366,8 @@ def test_nested_settings():
 def test_differences_name_the_keys():
     a = from_layers({"name": "a", "train": {"lr": 0.1}})
     b = from_layers({"name": "b", "train": {"lr": 0.2}, "prune": {"rewind": "3it"}})
-    assert list(recipe.differences(a, a)) == []
-    assert list(recipe.differences(a, b)) == [
+    assert list(layers.differences(a, a)) == []
+    assert list(layers.differences(a, b)) == [
         "name: b there, a here",
         "train.lr: 0.2 there, 0.1 here",
         "prune.rewind: '3it' there, None here",
@@ -375,22 +376,22 @@ def test_differences_name_the_keys():
 
 def test_fractions_in_another_order_are_another_recipe():
     a, b = (from_layers({"prune": {"fraction": dict(items)}}) for items in ([("*", 0.2), ("f", 0.1)],) * 2)
-    assert list(recipe.differences(a, b)) == []
+    assert list(layers.differences(a, b)) == []
     c = from_layers({"prune": {"fraction": {"f": 0.1, "*": 0.2}}})
-    assert [text.split(":")[0] for text in recipe.differences(a, c)] == ["prune.fraction"]
+    assert [text.split(":")[0] for text in layers.differences(a, c)] == ["prune.fraction"]
 
 
 def test_a_recipe_file_is_called_after_itself_unless_it_says_otherwise(tmp_path):
     (tmp_path / "my recipe.yaml").write_text("train: {lr: 1e-3}\n")
     (tmp_path / "b.yml").write_text("name: other\n")
-    found = from_layers(recipe.find_layer(str(tmp_path / "my recipe.yaml")))
+    found = from_layers(layers.find_layer(str(tmp_path / "my recipe.yaml")))
     assert (found.name, found.train.lr) == ("my-recipe", 1e-3)
-    assert from_layers(recipe.find_layer(str(tmp_path / "b.yml"))).name == "other"
+    assert from_layers(layers.find_layer(str(tmp_path / "b.yml"))).name == "other"
 
 
 def test_an_empty_recipe_file_is_the_default_recipe(tmp_path):
     (tmp_path / "empty.yaml").write_text("# nothing\n")
-    assert from_layers(recipe.read_layer(tmp_path / "empty.yaml")) == Recipe()
+    assert from_layers(layers.read_layer(tmp_path / "empty.yaml")) == Recipe()
 
 
 @pytest.mark.parametrize(
@@ -407,7 +408,7 @@ def test_files_that_are_no_recipes(tmp_path, content, message):
     file = tmp_path / "r.yaml"
     file.write_bytes(content)
     with pytest.raises(TicketfindError, match=message) as error:
-        recipe.find_layer(str(file))
+        layers.find_layer(str(file))
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -425,7 +426,7 @@ def test_files_that_are_no_recipes(tmp_path, content, message):
 )
 def test_recipes_that_are_not_there(name, message):
     with pytest.raises(TicketfindError) as error:
-        recipe.find_layer(name)
+        layers.find_layer(name)
     assert message in str(error.value)
 
 
@@ -442,7 +443,7 @@ def test_recipes_that_are_not_there(name, message):
     ],
 )
 def test_where_a_search_starts_from(asked, name, lr):
-    found = from_layers(*recipe.base_layers(*asked))
+    found = from_layers(*layers.base_layers(*asked))
     assert (found.name, found.train.lr) == (name, lr)
 
 

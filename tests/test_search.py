@@ -18,11 +18,12 @@ from torch.nn import functional as F
 
 from ticketfind import TicketfindError, engine, results
 from ticketfind import search as searching
+from ticketfind.batches import Order
 from ticketfind.masks import SCORES
 from ticketfind.recipe import Recipe
 from ticketfind.rundir import RunDir
 from ticketfind.ticket import load_ticket
-from ticketfind.train import Arm, Task, batch_indices, fit
+from ticketfind.train import Arm, Task, fit
 
 SHAPES = {"fc1.weight": (16, 12), "fc2.weight": (12, 16), "fc3.weight": (4, 12)}
 SIZES = {"fc1.weight": 192, "fc2.weight": 192, "fc3.weight": 48}
@@ -105,7 +106,7 @@ def test_the_search_is_the_papers_algorithm_in_plain_pytorch(
             for iteration in range(first, 12):
                 if round == 0 and iteration == 4 and rewind == "4it":
                     start = copy.deepcopy(model.state_dict())
-                inputs, targets = task.data.train.batch(batch_indices(90, 16, seed, iteration, iteration + 1)[0])
+                inputs, targets = next(task.data.train.batches(Order(seed, 16, iteration, 12)))
                 optimizer.zero_grad()
                 F.cross_entropy(model(inputs), targets).backward()
                 for name, mask in kept.items():
@@ -566,7 +567,7 @@ def test_no_round_matches(
     run = RunDir(tmp_path / "run")
     assert run.is_finished and not run.ticket_file.exists()
     with pytest.raises(TicketfindError, match="expected a winner, found no matching one in 2 finished rounds"):
-        searching.chosen_round(run, None)
+        searching.chosen(run, None)
 
 
 def test_tickets_are_one_for_each_replicate(finished: tuple[RunDir, list[results.Round], Task]) -> None:

@@ -13,19 +13,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ticketfind import TicketfindError
+from ticketfind.batches import Order, derived_seed
+from ticketfind.outputs import accuracy, cross_entropy
 from ticketfind.recipe import Train
 from ticketfind.train import (
     Arm,
     Outcome,
     Point,
     Task,
-    accuracy,
-    batch_indices,
-    cross_entropy,
-    derived_seed,
     fit,
     is_disconnected,
+    measured,
 )
+
+
+def batch_indices(examples: int, batch_size: int, seed: int, start: int, stop: int) -> Tensor:
+    """The examples of iterations `start` to `stop`, int64 [stop - start, batch_size]."""
+    return torch.cat(
+        [torch.empty(0, batch_size, dtype=torch.int64), *Order(seed, batch_size, start, stop).indices(examples)]
+    )
 
 
 def fit_one(arm: Arm, task: Task, how: Train, keep_at: int | None = None) -> Outcome:
@@ -199,10 +205,9 @@ def test_evaluations_come_at_fixed_iterations_and_at_the_end(
 def test_early_stop_is_the_first_minimum_of_the_validation_loss() -> None:
     """Not the best test accuracy, and not the last of equal minima."""
     points = [(10, 0.9, 0.5), (20, 0.3, 0.7), (30, 0.3, 0.8), (40, 0.4, 0.9)]
-    outcome = Outcome(tuple(Point(i, 0.0, loss, 0.0, test) for i, loss, test in points), {}, None)
-    measured = outcome.measured
-    assert (measured.early_stop, measured.accuracy_early, measured.accuracy_end) == (20, 0.7, 0.9)
-    assert measured.validation_loss == 0.3
+    found = measured([Point(i, 0.0, loss, 0.0, test) for i, loss, test in points])
+    assert (found.early_stop, found.accuracy_early, found.accuracy_end) == (20, 0.7, 0.9)
+    assert found.validation_loss == 0.3
 
 
 def test_arms_do_not_depend_on_each_other(make_task: Callable[..., Task], make_train: Callable[..., Train]) -> None:

@@ -1,15 +1,22 @@
 """Recipe -> what it names: the task, and the recipe with nothing left implicit."""
 
+import copy
 import dataclasses
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ticketfind import TicketfindError, checkpoint, data, engine, masks, models
+from ticketfind import TicketfindError, checkpoint, data, engine, masks, models, trainers
+from ticketfind.batches import Data, Split
+from ticketfind.examples import TARGET_KEYS
+from ticketfind.outputs import OutputFn, accuracy, call, classes_last, cross_entropy, own_loss, predictions
 from ticketfind.recipe import Recipe, RecipeError
 from ticketfind.specs import is_code, load_object, one_line
-from ticketfind.train import Task, accuracy, cross_entropy
+from ticketfind.train import Task, Trainer
 
 
 def assemble(recipe: Recipe, *, arms: int | None = None) -> tuple[Recipe, Task]:
@@ -18,42 +25,105 @@ def assemble(recipe: Recipe, *, arms: int | None = None) -> tuple[Recipe, Task]:
     arms: trainings that will run together (the replicates unless given). Raises TicketfindError for anything in the
     recipe that does not exist or does not fit the rest.
     """
-    if recipe.data.spec is None:
+    if recipe.data.spec is None and not recipe.train.is_external:
         raise RecipeError("data.spec: expected the data to train on; give --data")
     device = engine.resolve_device(recipe.run.device)
-    found = data.load(recipe.data.spec, recipe.data.args, validation=recipe.data.validation, seed=recipe.run.seed).to(
-        device
+    recipe, found = _load_data(recipe, device)
+    inputs = None if found is None else found.example()[0]
+    source = models.source(
+        recipe.model.spec, recipe.model.args, example=inputs, outputs=None if found is None else found.outputs
     )
-    source = models.source(recipe.model.spec, recipe.model.args, input_shape=found.input_shape, classes=found.classes)
     model = source.new(recipe.run.seed)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    resolved = recipe.resolved(
-        train_size=len(found.train),
-        validation=len(found.validation),
-        device=str(device),
-        engine=engine.choose(recipe.run.engine, device, arms=arms or recipe.run.replicates, parameters=parameters),
+    if found is not None and isinstance(inputs, dict):
+        found = found.select(_taken(model, recipe, inputs))
+    resident = None if found is None else isinstance(found.train, Split)
+    way = engine.choose(
+        recipe.run.engine,
+        device,
+        arms=arms or recipe.run.replicates,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        forks=resident is True and not recipe.train.is_external,
     )
-    given = source.pretrained or {}
-    if recipe.model.checkpoint is not None:
-        path = Path(recipe.model.checkpoint).expanduser()
-        given = checkpoint.match(
-            checkpoint.read(path),
-            models.state_of(model),
-            allow=recipe.model.allow_mismatch,
-            path=path,
-            aliases=masks.aliases(model),
-        )
+    resolved = recipe.resolved(
+        train_size=None if found is None else len(found.train),
+        validation=None if found is None else len(found.validation),
+        device=str(device),
+        engine=way,
+        resident=resident,
+    )
+    given = _weights(recipe, recipe.model.checkpoint, model)
     task = Task(
         model=model.to(device),
-        data=found,
+        data=None if found is None else found.to(device),
         device=device,
         fresh=lambda seed: models.state_of(source.new(seed)),
-        given=given,
+        given={**(source.pretrained or {}), **given.weights},
+        given_dtype=given.dtype,
+        trained=_weights(recipe, recipe.model.trained, model).weights,
         loss=_function(recipe.train.loss, "loss") or cross_entropy,
         metric=_function(recipe.train.metric, "metric") or accuracy,
+        trainer=_trainer(recipe),
     )
-    _check_fits(recipe, task)
+    if not recipe.train.is_external:
+        _check_fits(recipe, task)
     return resolved, task
+
+
+def _load_data(recipe: Recipe, device: torch.device) -> tuple[Recipe, Data | None]:
+    """The data, on the host, and the recipe with what was implicit about it filled in."""
+    asked = recipe.data
+    if asked.spec is None:
+        return recipe, None
+    args = data.resolved_args(asked.spec, asked.args, models.image_settings(recipe.model.spec, recipe.model.args))
+    found = data.load(
+        asked.spec,
+        args,
+        validation=asked.validation,
+        seed=recipe.run.seed,
+        stratify=asked.stratify,
+        augment=asked.augment,
+        resident=asked.resident,
+        workers=min(engine.cores(), 8) if asked.workers is None else asked.workers,
+        memory=engine.total_memory(device) / 3,
+    )
+    return dataclasses.replace(recipe, data=dataclasses.replace(asked, args=args)), found
+
+
+def _taken(model: torch.nn.Module, recipe: Recipe, inputs: dict[str, torch.Tensor]) -> list[str]:
+    """The entries of the data's dicts that the network has arguments for."""
+    accepted = models.accepted_inputs(model)
+    taken = [name for name in inputs if accepted is None or name in accepted]
+    if not set(taken) - set(TARGET_KEYS):
+        raise TicketfindError(
+            f"model {recipe.model.spec!r}: expected an argument for one of {recipe.data.spec}'s entries"
+            f" ({', '.join(inputs)}), found {', '.join(accepted or ()) or 'none'}"
+        )
+    return taken
+
+
+@dataclass(frozen=True)
+class _Weights:
+    weights: dict[str, torch.Tensor]
+    dtype: str | None
+
+
+def _weights(recipe: Recipe, file: str | None, model: torch.nn.Module) -> _Weights:
+    """The weights in a checkpoint file, under the model's names and in its types; none for no file."""
+    if file is None:
+        return _Weights({}, None)
+    path = Path(file).expanduser()
+    found = checkpoint.read(path, recipe.model.checkpoint_key)
+    matched = checkpoint.match(
+        found, models.state_of(model), allow=recipe.model.allow_mismatch, path=path, aliases=masks.aliases(model)
+    )
+    return _Weights(matched, checkpoint.dtype(found))
+
+
+def _trainer(recipe: Recipe) -> Trainer | None:
+    how = recipe.train
+    if how.command is not None:
+        return trainers.by_command(how.command)
+    return trainers.by_function(_function(how.trainer, "trainer")) if how.trainer is not None else None
 
 
 def score_function(recipe: Recipe) -> masks.ScoreFn:
@@ -73,48 +143,78 @@ def _function(spec: str | None, what: str) -> Any:
 
 @torch.no_grad()
 def _check_fits(recipe: Recipe, task: Task) -> None:
-    """Raise TicketfindError unless the model takes the data's inputs and has an output for each label."""
-    spec, inputs, targets = recipe.model.spec, task.data.test.inputs[:2], task.data.test.targets[:2]
-    task.model.eval()
+    """Raise TicketfindError unless the model takes the data's inputs, and loss and metric what comes out of it."""
+    assert task.data is not None
+    spec, (inputs, targets) = recipe.model.spec, task.data.example()
+    model = copy.deepcopy(task.model).eval()  # some layers note what they have seen
     try:
-        outputs = task.model(inputs)
+        outputs = call(model, inputs)
     except Exception as error:
-        text = " ".join(str(error).split())
         raise TicketfindError(
-            f"model {spec!r}: cannot take {recipe.data.spec}'s inputs of shape {task.data.input_shape},"
-            f" {str(inputs.dtype).removeprefix('torch.')}: {text[:200]}"
+            f"model {spec!r}: cannot take {recipe.data.spec}'s inputs ({_described(inputs)}): {one_line(error)[:200]}"
         ) from error
-    if not isinstance(outputs, torch.Tensor):
-        raise TicketfindError(f"model {spec!r}: expected a tensor as its output, found {type(outputs).__name__}")
     if recipe.train.loss is None:
-        classes = task.data.classes
-        if classes is None:
-            raise TicketfindError(
-                f"data {recipe.data.spec}: expected class labels (whole numbers, one an example) for cross-entropy,"
-                f" found {str(targets.dtype).removeprefix('torch.')} targets of shape {tuple(targets.shape)};"
-                " give --loss and --metric"
-            )
-        if outputs.ndim != 2 or outputs.shape[1] < classes:
-            raise TicketfindError(
-                f"model {spec!r}: expected an output for each of {recipe.data.spec}'s labels 0 to {classes - 1},"
-                f" found outputs of shape {tuple(outputs.shape[1:])}"
-            )
+        _check_classes(recipe, task.data, outputs, targets)
     elif recipe.train.metric is None and targets.is_floating_point():
         raise TicketfindError(
             f"data {recipe.data.spec}: expected class labels (whole numbers) for accuracy, found"
-            f" {str(targets.dtype).removeprefix('torch.')} targets of shape {tuple(targets.shape)}; give --metric"
+            f" {_described(targets)} as targets; give --metric"
         )
     for what, function in (("loss", task.loss), ("metric", task.metric)):
-        try:
-            value = function(outputs, targets)
-        except Exception as error:
-            raise TicketfindError(
-                f"{what} {getattr(recipe.train, what) or 'default'}: failed on outputs {tuple(outputs.shape)}"
-                f" and targets {tuple(targets.shape)}: {one_line(error)}"
-            ) from error
+        value = _tried(function, what, getattr(recipe.train, what) or "default", outputs, targets)
         if not isinstance(value, torch.Tensor) or value.ndim:
             found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise TicketfindError(f"{what} {getattr(recipe.train, what)}: expected a scalar tensor, found {found}")
+
+
+def _check_classes(recipe: Recipe, found: Data, outputs: Any, targets: torch.Tensor) -> None:
+    """Raise TicketfindError unless the outputs go with labels, for the default loss."""
+    if own_loss(outputs) is not None:
+        return
+    scores = predictions(outputs)
+    if targets.is_floating_point():
+        raise TicketfindError(
+            f"data {recipe.data.spec}: expected class labels (whole numbers) for cross-entropy,"
+            f" found {_described(targets)} as targets; give --loss and --metric"
+        )
+    try:
+        columns = classes_last(scores, targets).shape[-1]
+    except TicketfindError:
+        columns = 0
+    if columns < (found.classes or 1):
+        labels = "labels" if found.classes is None else f"labels 0 to {found.classes - 1}"
+        raise TicketfindError(
+            f"model {recipe.model.spec!r}: expected an output for each of {recipe.data.spec}'s {labels},"
+            f" found outputs of shape {tuple(scores.shape[1:])} for targets of shape {tuple(targets.shape[1:])}"
+        )
+
+
+def _tried(function: OutputFn, what: str, spec: str, outputs: Any, targets: torch.Tensor) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*target size.*")  # broadcast, and so not what was meant
+            return function(outputs, targets)
+    except Exception as error:
+        raise TicketfindError(
+            f"{what} {spec}: failed on outputs ({_described(outputs)}) and targets ({_described(targets)}):"
+            f" {one_line(error)}"
+        ) from error
+
+
+def _described(value: Any) -> str:
+    """``[2, 10] float32``, or what else a network takes and gives."""
+    if isinstance(value, torch.Tensor):
+        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_described(entry)}" for name, entry in value.items())
+    return type(value).__name__
+
+
+def model_alone(recipe: Recipe) -> torch.nn.Module:
+    """The recipe's network, sized by its factory's own defaults, with the checkpoint's weights if there is one."""
+    model = models.source(recipe.model.spec, recipe.model.args).new(recipe.run.seed)
+    model.load_state_dict(_weights(recipe, recipe.model.checkpoint, model).weights, strict=False)
+    return model
 
 
 def for_ticket(recipe: Recipe) -> Recipe:
@@ -122,13 +222,7 @@ def for_ticket(recipe: Recipe) -> Recipe:
     args = recipe.model.args
     if not is_code(recipe.model.spec):
         args = {key: value for key, value in args.items() if key not in models.WEIGHT_ARGS}
-    model = dataclasses.replace(recipe.model, checkpoint=None, allow_mismatch=(), args=args)
+    model = dataclasses.replace(
+        recipe.model, checkpoint=None, checkpoint_key=None, trained=None, allow_mismatch=(), args=args
+    )
     return dataclasses.replace(recipe, model=model)
-
-
-def model_alone(spec: str, args: dict[str, Any], data_spec: str | None, data_args: dict[str, Any]) -> torch.nn.Module:
-    """The model that `spec` names, sized for the data where there is one, else by its factory's own defaults."""
-    if data_spec is None:
-        return models.source(spec, args).new(0)
-    found = data.load(data_spec, data_args, validation=None, seed=0)
-    return models.source(spec, args, input_shape=found.input_shape, classes=found.classes).new(0)

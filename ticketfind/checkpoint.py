@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ticketfind import TicketfindError
 from ticketfind.masks import check_globs, matches
+from ticketfind.specs import suggest
 from ticketfind.tensorfile import read_tensors
 
 _CONTAINERS = (
@@ -27,10 +28,11 @@ _PREFIXES = ("module.", "_orig_mod.", "model.")
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read(path: Path, key: str | None = None) -> dict[str, Tensor]:
     """Every tensor in a checkpoint: .safetensors, a sharded index (or its folder), or a torch file.
 
-    Torch files are read with ``weights_only=True``. Raises TicketfindError for a missing, damaged, unsafe or empty one.
+    key: the entry that holds the weights, inner ones after a dot; None: the first of the usual names. Torch files are
+    read with ``weights_only=True``. Raises TicketfindError for a missing, damaged, unsafe or empty one.
     """
     if path.is_dir():
         indices = sorted(path.glob("*.safetensors.index.json"))
@@ -48,16 +50,17 @@ def read(path: Path) -> dict[str, Tensor]:
     elif path.suffix == ".safetensors":
         weights, _ = read_tensors(path, "checkpoint")
     elif path.suffix in _TORCH_SUFFIXES:
-        weights = _unwrap(_read_torch(path))
+        weights = _read_torch(path)
     else:
         raise TicketfindError(
             f"checkpoint {path}: expected .safetensors, .safetensors.index.json or a torch file"
             f" ({' '.join(_TORCH_SUFFIXES)})"
         )
-    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    weights = _unwrap(weights) if key is None else _entry(weights, key, path)
+    tensors = {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
     if not tensors:
         raise TicketfindError(
-            f"checkpoint {path}: expected named tensors, found {', '.join(map(str, weights)) or 'nothing'}"
+            f"checkpoint {path}: expected named tensors, found {_listed([*map(str, weights)]) or 'nothing'}"
         )
     return tensors
 
@@ -92,9 +95,37 @@ def _read_torch(path: Path) -> Any:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise TicketfindError(
                 f"checkpoint {path}: it holds objects other than tensors, which ticketfind never unpickles;"
-                " where you trust it, save its tensors alone: torch.save(model.state_dict(), FILE)"
+                " where you trust it, save its tensors alone: torch.save(model.state_dict(), FILE) (or"
+                " torch.load(FILE, weights_only=False) and safetensors.torch.save_file, in a program of your own)"
             ) from error
         raise TicketfindError(f"checkpoint {path}: expected a torch checkpoint; reading it failed: {first}") from error
+
+
+def _entry(found: Any, key: str, path: Path) -> Mapping[str, Any]:
+    """The entry at `key`; of a flat file those whose names begin with it."""
+    inner = found
+    for part in key.split("."):
+        inner = inner.get(part) if isinstance(inner, Mapping) else None
+    if isinstance(inner, Mapping):
+        return _unwrap(inner)
+    entries = found.items() if isinstance(found, Mapping) else ()
+    under = {str(name): value for name, value in entries if isinstance(value, Tensor)}
+    under = {name[len(key) + 1 :]: value for name, value in under.items() if name.startswith(f"{key}.")}
+    if not under:
+        holders = _holders(found)
+        raise TicketfindError(
+            f"checkpoint {path}: checkpoint_key {key!r}: expected an entry that holds tensors,"
+            f" found {_listed(holders) if holders else 'none with a name'}{suggest(key, holders)}"
+        )
+    return under
+
+
+def _holders(found: Any, prefix: str = "") -> list[str]:
+    """The keys of the entries that hold tensors, inner ones after a dot."""
+    if not isinstance(found, Mapping):
+        return []
+    here = [prefix] if prefix and any(isinstance(value, Tensor) for value in found.values()) else []
+    return here + [key for name, value in found.items() for key in _holders(value, f"{prefix}.{name}".lstrip("."))]
 
 
 def _unwrap(found: Any) -> Mapping[str, Any]:
@@ -152,6 +183,11 @@ def match(
         for name in wanted
         if name in weights and weights[name].shape == wanted[name].shape
     }
+
+
+def dtype(weights: Mapping[str, Tensor]) -> str:
+    """The types of the floating-point entries, as "bfloat16" or "float16, float32"."""
+    return ", ".join(sorted({str(w.dtype).removeprefix("torch.") for w in weights.values() if w.is_floating_point()}))
 
 
 def _without_prefixes(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

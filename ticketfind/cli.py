@@ -1,6 +1,7 @@
 """The commands: parse, call, show. What they compute is elsewhere."""
 
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,13 +49,17 @@ def _program(
 
 @app.command()
 def search(
+    context: typer.Context,
     recipe: options.RecipeArg = None,
     model: options.Model = None,
     model_arg: options.ModelArg = None,
     checkpoint: options.Checkpoint = None,
+    checkpoint_key: options.CheckpointKey = None,
+    trained: options.Trained = None,
     allow_mismatch: options.AllowMismatch = None,
     data: options.Data = None,
     data_arg: options.DataArg = None,
+    augment: options.Augment = None,
     loss: options.Loss = None,
     metric: options.Metric = None,
     prune: options.Prune = None,
@@ -70,6 +75,8 @@ def search(
     batch_size: options.BatchSize = None,
     lr: options.LearningRate = None,
     optimizer: options.Optimizer = None,
+    trainer: options.Trainer = None,
+    train_command: options.TrainCommand = None,
     replicates: options.Replicates = None,
     seed: options.Seed = None,
     tolerance: options.Tolerance = None,
@@ -85,43 +92,12 @@ def search(
 
     The same command, started again, goes on where an interrupted search stopped.
     """
-    from ticketfind import recipe as recipes
+    from ticketfind import layers
     from ticketfind.terminal import Screen
 
-    if iterations is not None and epochs is not None:
-        raise typer.BadParameter("give --iterations or --epochs, not both")
-    flags = {
-        "model.spec": model,
-        "model.args": _pairs(model_arg, "--model-arg"),
-        "model.checkpoint": checkpoint,
-        "model.allow_mismatch": allow_mismatch,
-        "data.spec": data,
-        "data.args": _pairs(data_arg, "--data-arg"),
-        "train.loss": loss,
-        "train.metric": metric,
-        "train.iterations": f"{epochs}ep" if epochs is not None else iterations,
-        "train.batch_size": batch_size,
-        "train.lr": lr,
-        "train.optimizer": optimizer,
-        "prune.fraction": _fractions(prune),
-        "prune.until": None if until is None else recipes.parse_value(until),
-        "prune.rewind": rewind,
-        "prune.scope": scope,
-        "prune.score": score,
-        "prune.only": prune_only,
-        "prune.skip": skip,
-        "run.replicates": replicates,
-        "run.seed": seed,
-        "run.tolerance": tolerance,
-        "run.device": device,
-        "run.engine": engine,
-    }
-    given = {key: value for key, value in flags.items() if value is not None}
-    if rounds is not None or until is not None:
-        given["prune.rounds"] = rounds
-    given |= _pairs(setting, "--set") or {}
-    layers = [*recipes.base_layers(recipe, model, data), recipes.nested(given)]
-    _search(recipes.from_layers(*layers), out, dry_run, Screen(as_json=as_json, quiet=quiet))
+    settings = layers.nested(options.recipe_settings(context.params))
+    asked = layers.from_layers(*layers.base_layers(recipe, model, data), settings)
+    _search(asked, out, dry_run, Screen(as_json=as_json, quiet=quiet))
 
 
 def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") -> None:
@@ -135,13 +111,14 @@ def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") 
         return views.show_plan(screen, recipe, plan)
     run = rundir.claim(recipe, out)
     rounds = searching.finished_rounds(run, recipe)
-    if run.is_finished and len(rounds) == len(plan.kept):
+    if run.is_finished and len(rounds) == plan.measured:
         screen.message(f"{run.path}: this search is finished; its result:")
         views.show_rounds(screen, rounds)
     else:
         doing = "goes on with" if run.recipe_file.exists() else "searches"
         replicates = views.plural(recipe.run.replicates, "replicate")
-        screen.message(f"{run.path}: {doing} {recipe.model.spec} on {recipe.data.spec}, {replicates}, {task.device}")
+        what = views.subject(recipe.model.spec, recipe.data.spec)
+        screen.message(f"{run.path}: {doing} {what}, {replicates}, {task.device}")
         with _resumable(run, screen), terminal.SearchWatch(screen, signals.heed) as watch:
             rounds = searching.search(recipe, task, run, plan, score, watch)
     views.show_search(screen, run, rounds, time.monotonic() - began)
@@ -163,6 +140,7 @@ def _resumable(run: "RunDir", screen: "Screen") -> Iterator[None]:
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     target: options.TicketOrRun = None,
     noise: options.Noise = None,
     trials: options.Trials = None,
@@ -184,7 +162,7 @@ def evaluate(
     A ticket file is enough: its recipe is inside it.
     """
     began = time.monotonic()
-    from ticketfind import assemble, experiments, files, recipe, terminal, views
+    from ticketfind import assemble, experiments, files, layers, terminal, views
     from ticketfind import search as searching
     from ticketfind.ticket import load_ticket
 
@@ -196,24 +174,26 @@ def evaluate(
     if run is not None and trials is not None:
         raise typer.BadParameter("--trials is for a ticket file; a run has its replicates")
     count = len(tickets) if run is not None else trials or 5
-    changes = {
-        "model.spec": model,
-        "model.args": _pairs(model_arg, "--model-arg") or (None if model is None else {}),
-        "data.spec": data,
-        "data.args": _pairs(data_arg, "--data-arg") or (None if data is None else {}),
-        "run.device": device or ("auto" if run is None else None),
-        "run.engine": engine or ("auto" if run is None else None),
-    }
-    given = {key: value for key, value in changes.items() if value is not None} | (_pairs(setting, "--set") or {})
-    own = recipe.from_layers(tickets[0].about.recipe, where=str(target or "recipe"))
-    asked = recipe.from_layers(assemble.for_ticket(own).plain(), recipe.nested(given))
+    given = options.recipe_settings(context.params)
+    given.pop("run.seed", None)  # of the trials; the recipe's own decides which examples are held out
+    for spec, args in (("model.spec", "model.args"), ("data.spec", "data.args")):
+        if spec in given:
+            given.setdefault(args, {})
+    if run is None:  # another machine, perhaps
+        given = {"run.device": "auto", "run.engine": "auto", **given}
+    own = layers.from_layers(tickets[0].about.recipe, where=str(target or "recipe"))
+    asked = layers.from_layers(assemble.for_ticket(own).plain(), layers.nested(given))
     if run is None and not trust:
         _refuse_code(asked, given, target)
     levels = sorted(set(noise or []))
     arms = experiments.arm_count(count, levels)
     resolved, task = assemble.assemble(asked, arms=arms)
     first = resolved.run.seed if seed is None else seed
-    with signals.training(), terminal.Progress(screen, "training", signals.heed) as progress:
+    with (
+        signals.training(),
+        terminal.Progress(screen, "training", signals.heed) as progress,
+        tempfile.TemporaryDirectory(prefix="ticketfind-") as folder,
+    ):
         progress.begin(arms * int(resolved.train.iterations), 0)
         found = experiments.evaluate(
             tickets,
@@ -224,6 +204,7 @@ def evaluate(
             noise=levels,
             tolerance=resolved.run.tolerance,
             tick=progress.tick,
+            folder=Path(folder),
         )
     described = views.evaluation_json(found, str(target or (run and run.path)), time.monotonic() - began)
     views.show_evaluation(screen, found, described)
@@ -232,11 +213,11 @@ def evaluate(
 
 
 def _refuse_code(asked: "Recipe", given: dict[str, Any], target: Path | None) -> None:
-    """Raise TicketfindError where a ticket file, rather than the user, names code to import."""
+    """Raise TicketfindError where a ticket file, rather than the user, names code to run."""
     named = [f"{key}: {spec}" for key, spec in asked.code_specs(score=False).items() if key not in given]
     if named:
         raise TicketfindError(
-            f"{target}: names code ({', '.join(named)}), which is not imported from a file alone;"
+            f"{target}: names code ({', '.join(named)}), which is not run from a file alone;"
             " give them yourself (--model, --data, --set KEY=SPEC), or --trust where you know the file"
         )
 
@@ -298,66 +279,85 @@ def diff(
 
 @app.command()
 def inspect(
+    context: typer.Context,
     target: options.Anything = None,
     model_arg: options.ModelArg = None,
+    checkpoint: options.Checkpoint = None,
+    checkpoint_key: options.CheckpointKey = None,
+    allow_mismatch: options.AllowMismatch = None,
     data: options.Data = None,
     data_arg: options.DataArg = None,
+    loss: options.Loss = None,
+    metric: options.Metric = None,
+    prune: options.Prune = None,
+    rounds: options.Rounds = None,
+    until: options.Until = None,
+    scope: options.Scope = None,
     prune_only: options.Only = None,
     skip: options.Skip = None,
+    iterations: options.Iterations = None,
+    epochs: options.Epochs = None,
+    batch_size: options.BatchSize = None,
+    optimizer: options.Optimizer = None,
+    replicates: options.Replicates = None,
+    device: options.Device = None,
+    engine: options.Engine = None,
+    setting: options.Setting = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Show what is in a ticket or a run, or which parameters of a model can be pruned, and why not the rest."""
+    """Show what is in a ticket or a run, or what a search would do with a model before it does it.
+
+    Of a model: which parameters can be pruned, why not the rest, and the weights left in each round; with --data also
+    the iterations, the memory and the measured time of a training step.
+    """
     from ticketfind import results, terminal, views
 
     screen = terminal.Screen(as_json=as_json, quiet=quiet)
     path = None if target is None else Path(target)
-    if target is None or path is None or path.is_dir():
-        run = _run_at(path)
-        assert run is not None
-        recipe = run.recipe()
-        rounds = results.rounds_of(run.log(), replicates=recipe.run.replicates, given_tolerance=recipe.run.tolerance)
-        views.show_run(screen, run, recipe, rounds)
-    elif path.is_file() or path.suffix == ".safetensors":
+    is_model = path is not None and not path.is_dir() and not path.is_file() and path.suffix != ".safetensors"
+    settings = options.recipe_settings(context.params)
+    if not is_model and settings:
+        raise typer.BadParameter(
+            f"{', '.join(settings)}: for models; {target or 'the latest run'} has settings of its own"
+        )
+    if is_model:
+        assert target is not None
+        _inspect_model(target, data, settings, screen)
+    elif path is not None and not path.is_dir():
         from ticketfind.ticket import load_ticket
 
         views.show_ticket(screen, load_ticket(path), path)
     else:
-        from ticketfind import assemble, masks
+        run = _run_at(path)
+        assert run is not None
+        recipe = run.recipe()
+        own = recipe.run
+        found = results.rounds_of(run.log(), replicates=own.replicates, given_tolerance=own.tolerance)
+        views.show_run(screen, run, recipe, found)
 
-        model_args, data_args = _pairs(model_arg, "--model-arg") or {}, _pairs(data_arg, "--data-arg") or {}
-        model = assemble.model_alone(target, model_args, data, data_args)
-        views.show_candidates(screen, target, masks.candidates(model, only=prune_only or (), skip=skip or ()))
+
+def _inspect_model(spec: str, data: str | None, settings: dict[str, Any], screen: "Screen") -> None:
+    from ticketfind import assemble, layers, masks, train, views
+    from ticketfind import search as searching
+
+    base = layers.base_layers(None, spec, data)
+    asked = layers.from_layers(*base, layers.nested({"model.spec": spec, **settings}))
+    only, skip = asked.prune.only, asked.prune.skip
+    if data is None:
+        found = masks.candidates(assemble.model_alone(asked), only=only, skip=skip)
+        return views.show_model(screen, spec, found, searching.weights_kept(asked, found)[1])
+    recipe, task = assemble.assemble(asked)
+    found = masks.candidates(task.model, only=only, skip=skip)
+    kept = searching.weights_kept(recipe, found)[1]
+    if len(kept) < 2:
+        return views.show_model(screen, spec, found, kept)
+    assert task.data is not None
+    plan = searching.make_plan(recipe, task.model)
+    views.show_outlook(screen, recipe, plan, task.data.resident_bytes, train.step_seconds(task, recipe.train))
 
 
 # ------------------------------------------------------------------------------------------------ shared
-
-
-def _pairs(texts: list[str] | None, flag: str) -> dict[str, Any] | None:
-    """KEY=VALUE texts as a dict, the values read as YAML; None for none."""
-    if not texts:
-        return None
-    from ticketfind.recipe import parse_value
-
-    pairs = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise typer.BadParameter(f"{flag}: expected KEY=VALUE, found {text!r}")
-        pairs[key] = parse_value(value)
-    return pairs
-
-
-def _fractions(texts: list[str] | None) -> Any:
-    """``0.2`` or ``*=0.2 fc3.*=0.1`` as a recipe has it."""
-    from ticketfind.recipe import parse_value
-
-    if not texts:
-        return None
-    if len(texts) == 1 and "=" not in texts[0]:
-        return parse_value(texts[0])
-    pairs = [text.rpartition("=") for text in texts]
-    return {glob or "*": parse_value(value) for glob, _, value in pairs}
 
 
 def _run_at(path: Path | None) -> "RunDir | None":
@@ -382,9 +382,9 @@ def _ticket_at(path: Path | None, round: int | None, replicate: int | None) -> "
 
     run = _run_at(path)
     if run is not None:
-        chosen = searching.chosen_round(run, round)
-        best = chosen.best_replicate if replicate is None else replicate
-        return searching.load(run, chosen.round, best), run.path.name
+        chosen = searching.chosen(run, round)
+        which = chosen.replicate if replicate is None else replicate
+        return searching.load(run, chosen.round, which), run.path.name
     assert path is not None
     if round is not None or replicate is not None:
         raise TicketfindError(f"{path}: is one ticket; --round and --replicate are for run directories")

@@ -12,7 +12,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -22,15 +24,14 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from ticketfind import TicketfindError
-from ticketfind.data import Split
+from ticketfind.batches import Batch, Examples
 from ticketfind.masks import Masks, aliases, masked
+from ticketfind.outputs import OutputFn, call, counted
 from ticketfind.recipe import Train
 
 T = TypeVar("T")
 Tick = Callable[[int], None]
 """Called with the number of iterations done since the last call."""
-LossFn = Callable[[Tensor, Tensor], Tensor]
-"""(outputs [b, ...], targets [b, ...]) -> mean over the batch, a scalar."""
 
 SMALL_MODEL = 1_000_000
 """Parameters up to which one core is enough for a training step (docs/performance.md has the measurement)."""
@@ -60,6 +61,15 @@ def resolve_device(name: str) -> torch.device:
         first = str(error).split("\n", 1)[0]
         raise TicketfindError(f"run.device: expected a device that works here, found {name!r}: {first}") from error
     return device
+
+
+def total_memory(device: torch.device) -> float:
+    """Bytes of memory that the device and this machine have, the smaller of the two; a container's limit counts."""
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if hasattr(os, "sysconf") else 2.0**33
+    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            memory = min(memory, float(limit.read_text()))
+    return min(memory, torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else memory
 
 
 # -------------------------------------------------------------------------------------- one arm, step by step
@@ -133,7 +143,7 @@ class Lane:
     """One arm's training under way. Pruned weights are exactly zero at all times."""
 
     def __init__(
-        self, model: nn.Module, start: Mapping[str, Tensor], masks: Masks, how: Train, loss: LossFn, seed: int
+        self, model: nn.Module, start: Mapping[str, Tensor], masks: Masks, how: Train, loss: OutputFn, seed: int
     ) -> None:
         """Put `start` under `masks` into `model`, which the lane owns from here on; fresh optimizer state."""
         torch.manual_seed(seed)
@@ -148,7 +158,7 @@ class Lane:
         self._keep = [pruning[name].to(device=p.device, dtype=p.dtype) for name, p in named.items() if name in pruning]
         self._optimizer = _Optimizer(self._weights, how)
 
-    def advance(self, batches: Iterable[tuple[Tensor, Tensor]], first: int, tick: Tick) -> list[float]:
+    def advance(self, batches: Iterable[Batch], first: int, tick: Tick) -> list[float]:
         """Train on `batches`, the first of which is iteration `first`; the losses, fetched once at the end.
 
         Raises Diverged at the first loss that is not finite.
@@ -157,7 +167,7 @@ class Lane:
         losses = []
         iteration = first
         for inputs, targets in batches:
-            loss = self._loss(self._model(inputs), targets)
+            loss = self._loss(call(self._model, inputs), targets)
             grads = self._own(torch.autograd.grad(loss, self._leaves, allow_unused=True))
             for i, keep in zip(self._pruned, self._keep, strict=True):
                 if (gradient := grads[i]) is not None:
@@ -182,17 +192,18 @@ class Lane:
         ]
 
     @torch.no_grad()
-    def measure(self, split: Split, functions: Sequence[LossFn], batch_size: int) -> list[float]:
-        """The mean of each function over a split, in evaluation mode; fetched from the device once."""
+    def measure(self, examples: Examples, functions: Sequence[OutputFn], batch_size: int) -> list[float]:
+        """The mean of each function over all examples, in evaluation mode; fetched from the device once."""
         self._model.eval()
-        sums = torch.zeros(len(functions), dtype=torch.float64, device=split.inputs.device)
-        per_example = max(1, math.prod(split.inputs.shape[1:]))
-        size = max(batch_size, min(2**20 // per_example, 16 * batch_size))
-        for start in range(0, len(split), size):
-            targets = split.targets[start : start + size]
-            outputs = self._model(split.inputs[start : start + size])
-            sums += len(targets) * torch.stack([f(outputs, targets).double() for f in functions])
-        means: list[float] = (sums / len(split)).tolist()
+        device = self._weights[0].device
+        sums = torch.zeros(len(functions), dtype=torch.float64, device=device)
+        weight = torch.zeros((), dtype=torch.float64, device=device)
+        for inputs, targets in examples.chunks(batch_size):
+            outputs, here = call(self._model, inputs), counted(targets)
+            values = torch.stack([f(outputs, targets).double() for f in functions])
+            sums += here * values
+            weight += here
+        means: list[float] = (sums / weight).tolist()
         return means
 
     def state(self) -> dict[str, Tensor]:
@@ -203,15 +214,19 @@ class Lane:
 # --------------------------------------------------------------------------------- several arms on a device
 
 
-def choose(requested: str, device: torch.device, *, arms: int, parameters: int) -> str:
+def choose(requested: str, device: torch.device, *, arms: int, parameters: int, forks: bool = True) -> str:
     """The way that `arms` trainings share `device`: "eager", one after another, or "processes", side by side.
 
     auto: side by side for small models (up to SMALL_MODEL parameters) on a CPU with several cores, where a training
-    step has no work for a second core. Raises TicketfindError where side by side is asked for and not possible.
+    step has no work for a second core. forks: False for trainings that start processes of their own, which cannot
+    go side by side. Raises TicketfindError where side by side is asked for and not possible.
     """
-    possible = device.type == "cpu" and sys.platform == "linux" and cores() > 1
+    possible = device.type == "cpu" and sys.platform == "linux" and cores() > 1 and forks
     if requested == "processes" and not possible:
-        raise TicketfindError(f"run.engine: processes needs Linux and several CPU cores, found device {device.type}")
+        raise TicketfindError(
+            "run.engine: processes needs Linux, several CPU cores and resident data, found"
+            + (f" device {device.type}" if forks else " a training that starts processes of its own")
+        )
     if requested != "auto":
         return requested
     return "processes" if possible and arms > 1 and parameters <= SMALL_MODEL else "eager"

@@ -4,15 +4,17 @@ import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from ticketfind import TicketfindError, masks, results
+from ticketfind.batches import derived_seed
 from ticketfind.engine import Tick
 from ticketfind.recipe import Train
 from ticketfind.results import Stats
 from ticketfind.ticket import Ticket
-from ticketfind.train import Arm, State, Task, derived_seed, fit
+from ticketfind.train import Arm, State, Task, fit
 
 
 @dataclass(frozen=True)
@@ -39,24 +41,28 @@ def evaluate(
     noise: Sequence[float] = (),
     tolerance: float | None = None,
     tick: Tick = lambda n: None,
+    folder: Path | None = None,
 ) -> Evaluation:
     """Train `tickets`, dense, noisy and control arms, one of each for every seed, in one `fit`; compare.
 
     tickets: one per seed, or one for all seeds. noise: levels s; each initial weight gets Gaussian noise of standard
-    deviation s * sigma, sigma that of its layer's initialization (the paper's appendix F.7), and is trained.
+    deviation s * sigma, sigma that of its layer's initialization (the paper's appendix F.7), and is trained. folder:
+    for the files of an outside program that trains.
     Raises TicketfindError where the ticket does not fit the task's model.
     """
     tickets = [*tickets] if len(tickets) > 1 else [*tickets] * len(seeds)
-    arms, notes = _arms(tickets, task, int(how.iterations), seeds, noise)
+    arms, notes = _arms(tickets, task, how, seeds, noise)
     measured: dict[str, list[results.Measured]] = {}
-    with closing(fit([arm for _, arm in arms], task, how, way=way, tick=tick)) as trained:
+    test_size = None
+    with closing(fit([arm for _, arm in arms], task, how, way=way, tick=tick, folder=folder)) as trained:
         for (kind, _), (_, outcome) in zip(arms, trained, strict=True):
             measured.setdefault(kind, []).append(outcome.measured)
+            test_size = outcome.test_size
     stats = {name: Stats.of(found) for name, found in measured.items()}
     return Evaluation(
         remaining=tickets[0].remaining,
         arms=stats,
-        verdict=verdict(stats, tickets[0].remaining, tolerance=tolerance, test_size=len(task.data.test)),
+        verdict=verdict(stats, tickets[0].remaining, tolerance=tolerance, test_size=test_size),
         notes=tuple(notes),
     )
 
@@ -67,12 +73,13 @@ def arm_count(seeds: int, noise: Sequence[float]) -> int:
 
 
 def _arms(
-    tickets: Sequence[Ticket], task: Task, iterations: int, seeds: Sequence[int], noise: Sequence[float]
+    tickets: Sequence[Ticket], task: Task, how: Train, seeds: Sequence[int], noise: Sequence[float]
 ) -> tuple[list[tuple[str, Arm]], list[str]]:
     """The arms, each with its kind (a key of `Evaluation.arms`), and notes on those left out."""
     tickets[0].check_fits(task.model)
+    iterations = int(how.iterations)
     for ticket in tickets:
-        if not 0 <= ticket.about.iteration < iterations:
+        if not 0 <= ticket.about.iteration < iterations and not how.is_external:
             raise TicketfindError(
                 f"ticket metadata iteration: expected 0 to {iterations - 1}, before the training's end,"
                 f" found {ticket.about.iteration}"
@@ -81,15 +88,16 @@ def _arms(
     fresh = _why_no_original(tickets[0])
     original = not (fresh and tickets[0].from_checkpoint)
     if fresh:
-        how = "start from a fresh initialization" if original else "are left out"
-        notes.append(f"dense and random {how}: {fresh}")
+        instead = "start from a fresh initialization" if original else "are left out"
+        notes.append(f"dense and random {instead}: {fresh}")
     reinit = _depends_on_seed(task, tickets[0])
     if not reinit:
         notes.append("reinit is left out: the model's factory gives the same weights whatever the seed")
     arms: list[tuple[str, Arm]] = []
 
     def add(kind: str, seed: int, start: State, mask: masks.Masks, first: int) -> None:
-        arms.append((kind, Arm(f"{kind}, seed {seed}", start, mask, seed, first)))
+        replicate = seeds.index(seed)
+        arms.append((kind, Arm(f"{kind}, seed {seed}", start, mask, seed, first, tickets[0].about.round, replicate)))
 
     def add_original(kind: str, ticket: Ticket, seed: int, mask: masks.Masks) -> None:
         if fresh:
@@ -149,7 +157,7 @@ def noisy(ticket: Ticket, level: float, seed: int) -> State:
 CONTROLS = ("reinit", "random")
 
 
-def verdict(arms: dict[str, Stats], remaining: float, *, tolerance: float | None, test_size: int) -> str:
+def verdict(arms: dict[str, Stats], remaining: float, *, tolerance: float | None, test_size: int | None) -> str:
     """What the figures say, in words.
 
     The ticket matches where its mean test accuracy at early stop is at most the tolerance below the dense mean. It
@@ -189,9 +197,9 @@ _T_975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 
 """97.5 % points of Student's t for 1, 2, ... degrees of freedom; from 16 on the last is used."""
 
 
-def _clearly_above(a: Stats, b: Stats, test_size: int) -> bool:
+def _clearly_above(a: Stats, b: Stats, test_size: int | None) -> bool:
     """Welch's test (Welch 1947) at 2.5 %, one-sided; no spread is taken for smaller than one test example."""
-    least = 1 / test_size
+    least = 1 / test_size if test_size else 1e-6
     terms = [(max(s.accuracy_early.sd or 0.0, least) ** 2 / s.replicates, s.replicates - 1) for s in (a, b)]
     variance = sum(term for term, _ in terms)
     freedom = variance**2 / sum(term**2 / degrees for term, degrees in terms)

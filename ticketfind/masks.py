@@ -3,12 +3,14 @@
 A mask is a bool tensor of its parameter's shape, True = kept.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ticketfind import TicketfindError
 
@@ -42,6 +44,7 @@ _PRUNED_LAYERS = (
     nn.ConvTranspose3d,
     nn.Bilinear,
 )
+_RECURRENT_LAYERS = (nn.RNNBase, nn.RNNCellBase)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -53,8 +56,13 @@ def candidates(model: nn.Module, *, only: Sequence[str] = (), skip: Sequence[str
     """
     verdicts: dict[int, list[tuple[bool, str]]] = {}
     for module in model.modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            continue  # judged with the layer whose weight it makes
         for attribute, parameter in module.named_parameters(recurse=False):
             verdicts.setdefault(id(parameter), []).append(_judge(module, attribute))
+        for attribute, made in getattr(module, "parametrizations", {}).items():
+            for original, parameter in made.named_parameters(recurse=False):
+                verdicts.setdefault(id(parameter), []).append(_judge_parametrized(module, attribute, made, original))
     parameters = dict(model.named_parameters())
     names = {name: [name] for name in parameters}
     for alias, name in aliases(model).items():
@@ -64,7 +72,8 @@ def candidates(model: nn.Module, *, only: Sequence[str] = (), skip: Sequence[str
     check_globs(skip, every, "prune.skip")
     found = []
     for name, parameter in parameters.items():
-        pruned, reason = min(verdicts[id(parameter)], key=lambda verdict: verdict[0])  # one that says no decides
+        judged = verdicts.get(id(parameter), [(False, "a parameter of a parametrization")])
+        pruned, reason = min(judged, key=lambda verdict: verdict[0])  # one that says no decides
         if not parameter.requires_grad:
             pruned, reason = False, "frozen"
         if only:
@@ -77,10 +86,13 @@ def candidates(model: nn.Module, *, only: Sequence[str] = (), skip: Sequence[str
 
 
 def _judge(module: nn.Module, attribute: str) -> tuple[bool, str]:
-    layer = type(module).__name__
-    if attribute == "bias" or attribute.endswith("_bias"):
+    layer = _layer_name(module)
+    if attribute in ("bias", "bias_k", "bias_v") or attribute.endswith("_bias") or attribute.startswith("bias_"):
         return False, "bias"
-    if isinstance(module, _PRUNED_LAYERS) and attribute == "weight":
+    if isinstance(module, _PRUNED_LAYERS) and attribute in ("weight", "weight_v"):  # weight_v: of weight_norm
+        standardized = "; zeros do not stay zero in its standardized weight" if "StdConv" in layer else ""
+        return True, f"{layer} {attribute}{standardized}"
+    if isinstance(module, _RECURRENT_LAYERS) and attribute.startswith("weight_"):
         return True, f"{layer} weight"
     if isinstance(module, nn.MultiheadAttention) and attribute in _ATTENTION_WEIGHTS:
         return True, "attention weight"
@@ -89,6 +101,32 @@ def _judge(module: nn.Module, attribute: str) -> tuple[bool, str]:
     if "norm" in layer.lower():
         return False, "normalization"
     return False, f"{layer}.{attribute} is not a Linear, Conv or attention weight"
+
+
+def _layer_name(module: nn.Module) -> str:
+    """The layer's class; torch.nn.utils.parametrize puts one of its own, ParametrizedLinear, over it."""
+    return type(module).__name__.removeprefix("Parametrized")
+
+
+def _judge_parametrized(module: nn.Module, attribute: str, made: nn.Module, original: str) -> tuple[bool, str]:
+    """`original` is what a parametrization computes the layer's `attribute` from (torch.nn.utils.parametrize)."""
+    pruned, reason = _judge(module, attribute)
+    if not pruned:
+        return pruned, reason
+    if _keeps_zeros(made, original):
+        return True, f"{reason}, parametrized"
+    return False, f"{reason}, but a zero in it makes no zero in the parametrized weight"
+
+
+@torch.no_grad()
+def _keeps_zeros(made: nn.Module, original: str) -> bool:
+    """True if zeros in `original` are zeros, in the same places, in what the parametrization makes of it: tried."""
+    trial = copy.deepcopy(made)
+    values = getattr(trial, original)
+    gone = torch.rand(values.shape, generator=torch.Generator().manual_seed(0)).to(values.device) < 0.5
+    values.masked_fill_(gone, 0.0)
+    weight = trial()
+    return weight.shape == values.shape and not bool(weight[gone].any())
 
 
 def aliases(model: nn.Module) -> dict[str, str]:

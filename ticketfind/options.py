@@ -1,5 +1,6 @@
-"""The commands' options, each said once: a type for Typer with its flag and its help."""
+"""The commands' options, each said once: a type for Typer with its flag and its help, and the recipe key it sets."""
 
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +42,12 @@ ModelArg = Annotated[
     Texts, _option("--model-arg", "Argument for the model's factory; repeatable.", metavar="KEY=VALUE")
 ]
 Checkpoint = Annotated[Text, _option("--checkpoint", "File with the initial weights: safetensors or torch.")]
+CheckpointKey = Annotated[
+    Text, _option("--checkpoint-key", "Entry of the checkpoint that holds the weights (state_dict_ema).")
+]
+Trained = Annotated[
+    Text, _option("--trained", "File with the weights after dense training, instead of round 0's training.")
+]
 AllowMismatch = Annotated[
     Texts,
     _option(
@@ -49,7 +56,13 @@ AllowMismatch = Annotated[
         metavar="GLOB",
     ),
 ]
-Data = Annotated[Text, _option("--data", "digits, folder of IDX files, .npz or .safetensors file, or module:factory.")]
+Data = Annotated[
+    Text,
+    _option(
+        "--data",
+        "digits, folder of images or IDX files, .npz or .safetensors file, timm:NAME, or module:factory.",
+    ),
+]
 DataArg = Annotated[Texts, _option("--data-arg", "Argument for the data's factory; repeatable.", metavar="KEY=VALUE")]
 Loss = Annotated[Text, _option("--loss", "module:fn(outputs, targets) -> mean loss; default: cross-entropy.")]
 Metric = Annotated[
@@ -78,6 +91,16 @@ Iterations = Annotated[Whole, _option("--iterations", "Length of a training.")]
 Epochs = Annotated[Real, _option("--epochs", "Length of a training, instead of --iterations.")]
 BatchSize = Annotated[Whole, _option("--batch-size", "Examples in an iteration.")]
 LearningRate = Annotated[Real, _option("--lr", "Learning rate.")]
+Augment = Annotated[
+    Texts, _option("--augment", "What is done to training images: flip, crop; repeatable.", metavar="NAME")
+]
+Trainer = Annotated[
+    Text, _option("--trainer", "module:fn(model, hold, arm) -> metrics, which trains instead of ticketfind.")
+]
+TrainCommand = Annotated[
+    Text,
+    _option("--train-command", "Command that trains instead of ticketfind, with {init} {mask} {seed} {out} in it."),
+]
 Optimizer = Annotated[Text, _option("--optimizer", "adam, adamw or sgd.")]
 
 # where and how often
@@ -133,3 +156,89 @@ ExportOut = Annotated[
 ]
 Force = Annotated[bool, _option("--force", "Replace a different file of that name.")]
 ExitCode = Annotated[bool, _option("--exit-code", "Exit with 1 where the tickets differ, 2 on an error.")]
+
+
+# ------------------------------------------------------------------------------- options to recipe keys
+
+RECIPE_KEYS = {
+    "model": "model.spec",
+    "model_arg": "model.args",
+    "checkpoint": "model.checkpoint",
+    "checkpoint_key": "model.checkpoint_key",
+    "trained": "model.trained",
+    "allow_mismatch": "model.allow_mismatch",
+    "data": "data.spec",
+    "data_arg": "data.args",
+    "augment": "data.augment",
+    "loss": "train.loss",
+    "metric": "train.metric",
+    "trainer": "train.trainer",
+    "train_command": "train.command",
+    "iterations": "train.iterations",
+    "epochs": "train.iterations",
+    "batch_size": "train.batch_size",
+    "lr": "train.lr",
+    "optimizer": "train.optimizer",
+    "prune": "prune.fraction",
+    "rounds": "prune.rounds",
+    "until": "prune.until",
+    "rewind": "prune.rewind",
+    "scope": "prune.scope",
+    "score": "prune.score",
+    "prune_only": "prune.only",
+    "skip": "prune.skip",
+    "replicates": "run.replicates",
+    "seed": "run.seed",
+    "tolerance": "run.tolerance",
+    "device": "run.device",
+    "engine": "run.engine",
+}
+"""A command's parameter -> the recipe key that it sets."""
+
+
+def recipe_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe keys that a command's options set, `--set` last; those that were not given are left out."""
+    from ticketfind.layers import parse_value
+
+    if given.get("iterations") is not None and given.get("epochs") is not None:
+        raise typer.BadParameter("give --iterations or --epochs, not both")
+    settings: dict[str, Any] = {}
+    for name, key in RECIPE_KEYS.items():
+        value = given.get(name)
+        if value is None or (isinstance(value, (list, tuple)) and not value):
+            continue
+        if name in ("model_arg", "data_arg"):
+            value = pairs([*value], f"--{name.replace('_', '-')}")
+        elif name == "epochs":
+            value = f"{value}ep"
+        elif name == "prune":
+            value = _fractions([*value])
+        elif name == "until":
+            value = parse_value(value)
+        settings[key] = value
+    if "prune.until" in settings:
+        settings.setdefault("prune.rounds", None)
+    return settings | pairs(given.get("setting") or [], "--set")
+
+
+def pairs(texts: list[str], flag: str) -> dict[str, Any]:
+    """KEY=VALUE texts as a dict, the values read as YAML."""
+    from ticketfind.layers import parse_value
+
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"{flag}: expected KEY=VALUE, found {text!r}")
+        found[key] = parse_value(value)
+    return found
+
+
+def _fractions(texts: list[str]) -> Any:
+    """``0.2`` or ``*=0.2 fc3.*=0.1`` as a recipe has it."""
+    from ticketfind.layers import parse_value
+
+    if len(texts) == 1 and "=" not in texts[0]:
+        return parse_value(texts[0])
+    split = [text.rpartition("=") for text in texts]
+    return {glob or "*": parse_value(value) for glob, _, value in split}

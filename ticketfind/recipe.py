@@ -1,25 +1,16 @@
-"""The recipe: everything that decides a search, as frozen dataclasses, read from and written to YAML.
+"""The recipe: everything that decides a search, as frozen dataclasses.
 
-A recipe is read in layers (a shipped file, the user's file, flags), each a nested dict; every fault of a layer
-is reported at once. A *resolved* recipe has nothing left implicit: `Recipe.resolved` turns durations into
-iterations and rules into values.
+A *resolved* recipe has nothing left implicit: `Recipe.resolved` turns durations into iterations and rules into values.
 """
 
 import dataclasses
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ticketfind import TicketfindError, readers
 from ticketfind.readers import Duration, Reader
-from ticketfind.specs import is_foreign, suggest
-
-Layer = Mapping[str, Any]
-"""A recipe or a part of one as read from YAML: section -> key -> value."""
+from ticketfind.specs import is_foreign
 
 
 class RecipeError(TicketfindError):
@@ -44,8 +35,12 @@ class Model:
     """Keyword arguments for the factory."""
     checkpoint: str | None = _key(readers.or_null(readers.text), None)
     """File with the initial weights; null: the factory's own random initialization."""
+    checkpoint_key: str | None = _key(readers.or_null(readers.text), None)
+    """Which entry of the file holds the weights (state_dict_ema), where it has several; inner ones after a dot."""
     allow_mismatch: tuple[str, ...] = _key(readers.list_of(readers.text, "a list of globs"), [])
     """Entries that the checkpoint may lack or have in another shape; they start freshly initialized."""
+    trained: str | None = _key(readers.or_null(readers.text), None)
+    """File with the weights after dense training, which stands for round 0's training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +48,19 @@ class Data:
     """Which examples."""
 
     spec: str | None = _key(readers.or_null(readers.text), "digits")
-    """digits, a folder of IDX files, a .npz or .safetensors file, or module:factory."""
+    """digits, a folder of images or of IDX files, a .npz or .safetensors file, timm:NAME, or module:factory."""
     args: dict[str, Any] = _key(readers.mapping, {})
-    """Keyword arguments for the factory."""
+    """Keyword arguments for the factory; for images size, mean, std, interpolation, crop, channels."""
     validation: float | int | None = _key(readers.or_null(readers.validation), None)
     """Examples (or share) of the training set held out, drawn with run.seed; null: the data's own, else a tenth."""
+    stratify: bool = _key(readers.flag, False)
+    """Hold out the same share of every class."""
+    augment: tuple[str, ...] = _key(readers.list_of(readers.choice("flip", "crop"), "a list of flip, crop"), [])
+    """What is done to training images, anew in each epoch, on the device: flip, crop."""
+    resident: bool | None = _key(readers.or_null(readers.flag), None)
+    """Held on the device as whole tensors (true) or read as needed (false); null: by size, see docs/guide.md."""
+    workers: int | None = _key(readers.or_null(readers.whole(0)), None)
+    """Processes that read what is not resident; null: one for each CPU core, at most 8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,15 @@ class Train:
     """module:fn(outputs, targets) -> mean loss; null: cross-entropy."""
     metric: str | None = _key(readers.or_null(readers.code), None)
     """module:fn(outputs, targets) -> mean over the examples, higher is better; null: accuracy."""
+    trainer: str | None = _key(readers.or_null(readers.code), None)
+    """module:fn(model, hold, arm) -> metrics, which trains in place of ticketfind."""
+    command: str | None = _key(readers.or_null(readers.text), None)
+    """Command that trains in place of ticketfind, with {init} {mask} {seed} {out} in it."""
+
+    @property
+    def is_external(self) -> bool:
+        """True if the training is the user's own: trainer or command."""
+        return self.trainer is not None or self.command is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,65 +160,51 @@ class Recipe:
     prune: Prune = field(default_factory=Prune)
     run: Run = field(default_factory=Run)
 
-    def resolved(self, *, train_size: int, validation: int, device: str, engine: str) -> "Recipe":
+    def resolved(
+        self, *, train_size: int | None, validation: int | None, device: str, engine: str, resident: bool | None = True
+    ) -> "Recipe":
         """This recipe with nothing left implicit.
 
-        train_size, validation: examples left for training and held out. Raises RecipeError where the parts
-        contradict each other or the data.
+        train_size, validation: examples left for training and held out; None without data. Raises RecipeError where
+        the parts contradict each other or the data.
         """
-        faults = []
-        if self.train.batch_size > train_size:
+        faults = [*_contradictions(self)]
+        if train_size is not None and self.train.batch_size > train_size:
             faults.append(
                 f"train.batch_size: expected at most the {train_size} training examples, found {self.train.batch_size}"
             )
-        per_epoch = train_size / self.train.batch_size
-        iterations = self.train.iterations.resolved(per_epoch, 0)
-        total = int(iterations)
-        if total < 1:
-            faults.append(f"train.iterations: expected at least 1, found {self.train.iterations} = {total} iterations")
-
-        def at(duration: Duration) -> Duration:
-            return duration.resolved(per_epoch, total)
-
-        rewind = self.prune.rewind
-        if rewind is None:
-            trained = self.model.checkpoint or self.model.args.get("pretrained")
-            rewind = Duration(0) if trained else Duration(2, "%")
-        if isinstance(rewind, Duration):
-            rewind = at(rewind)
-            if int(rewind) >= max(total, 1):
-                faults.append(
-                    f"prune.rewind: expected an iteration before the end of the training ({total}), found {int(rewind)}"
-                )
-        if self.prune.rounds is None and self.prune.until is None:
-            faults.append("prune.rounds: expected a number where prune.until is not given, found null")
-        if total and int(at(self.train.warmup)) > total:
+        lengths = _Lengths.of(self.train, train_size)
+        if lengths.total < 1:
             faults.append(
-                f"train.warmup: expected at most the training's {total} iterations, found {int(at(self.train.warmup))}"
+                f"train.iterations: expected at least 1, found {self.train.iterations} = {lengths.total} iterations"
             )
-        if self.train.momentum and self.train.optimizer != "sgd":
-            faults.append(f"train.momentum: expected 0 for {self.train.optimizer}, found {self.train.momentum:g}")
-        if bool(self.train.milestones) != (self.train.schedule == "step"):
+        rewind = _rewind(self, lengths)
+        if isinstance(rewind, Duration) and rewind.unit != "it":
             faults.append(
-                f"train.milestones: expected with schedule step, and only there, found {len(self.train.milestones)}"
-                f" with schedule {self.train.schedule}"
+                f"prune.rewind: expected iterations (500it) or lr, as a training of your own has no known length,"
+                f" found {rewind}"
             )
-        if self.train.metric and self.run.replicates == 1 and self.run.tolerance is None:
+        elif isinstance(rewind, Duration) and int(rewind) >= max(lengths.total, 1) and lengths.known:
             faults.append(
-                "run.tolerance: expected a number, as one replicate of a metric of your own has no spread, found null"
+                f"prune.rewind: expected an iteration before the end of the training ({lengths.total}),"
+                f" found {int(rewind)}"
+            )
+        warmup = lengths.at(self.train.warmup)
+        if lengths.total and int(warmup) > lengths.total:
+            faults.append(
+                f"train.warmup: expected at most the training's {lengths.total} iterations, found {int(warmup)}"
             )
         if faults:
             raise RecipeError("\n".join(faults))
-        every = Duration(max(1, int(at(self.train.eval_every))))
         return dataclasses.replace(
             self,
-            data=dataclasses.replace(self.data, validation=validation),
+            data=dataclasses.replace(self.data, validation=validation, resident=resident),
             train=dataclasses.replace(
                 self.train,
-                iterations=iterations,
-                warmup=at(self.train.warmup),
-                eval_every=every,
-                milestones=tuple(at(milestone) for milestone in self.train.milestones),
+                iterations=Duration(lengths.total),
+                warmup=warmup,
+                eval_every=Duration(max(1, int(lengths.at(self.train.eval_every)))),
+                milestones=tuple(map(lengths.at, self.train.milestones)),
             ),
             prune=dataclasses.replace(self.prune, rewind=rewind),
             run=dataclasses.replace(self.run, device=device, engine=engine),
@@ -219,9 +217,11 @@ class Recipe:
             "data.spec": self.data.spec,
             "train.loss": self.train.loss,
             "train.metric": self.train.metric,
+            "train.trainer": self.train.trainer,
             "prune.score": self.prune.score if score else None,
         }
-        return {key: spec for key, spec in specs.items() if spec is not None and is_foreign(spec)}
+        foreign = {key: spec for key, spec in specs.items() if spec is not None and is_foreign(spec)}
+        return foreign | ({} if self.train.command is None else {"train.command": self.train.command})
 
     def plain(self) -> dict[str, Any]:
         """As nested dicts of plain values; `from_layers(recipe.plain())` gives an equal recipe."""
@@ -232,11 +232,6 @@ class Recipe:
         if isinstance(self.prune.rewind, Duration):
             plain["prune"]["rewind"] = str(self.prune.rewind)
         return plain
-
-    def to_yaml(self) -> str:
-        """The recipe file that reads back to an equal recipe."""
-        text: str = yaml.dump(self.plain(), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
-        return text
 
 
 def _plain(value: Any) -> Any:
@@ -249,159 +244,77 @@ def _plain(value: Any) -> Any:
     return value
 
 
-# ---------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------- resolving
 
 
-def from_layers(*layers: Layer, where: str = "recipe") -> Recipe:
-    """The recipe that `layers` give, the later over the earlier, the rest by rule.
+@dataclass(frozen=True)
+class _Lengths:
+    """How long things take, in iterations."""
 
-    A mapping value (args, fraction) replaces the earlier one whole. Raises RecipeError with every fault.
-    """
-    faults: list[str] = []
-    merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    name = "recipe"
-    for layer in layers:
-        if not isinstance(layer, Mapping):
-            raise RecipeError(f"{where}: expected a mapping of sections ({', '.join(SECTIONS)})")
-        for section, keys in layer.items():
-            if section == "name":
-                if isinstance(keys, str) and re.fullmatch(r"(?!latest$)[\w][\w.+-]*", keys):
-                    name = keys
-                else:
-                    faults.append(f"name: expected letters, digits and . _ + - (it names a folder), found {keys!r}")
-            elif section not in SECTIONS:
-                faults.append(f"{section}: unknown key{suggest(str(section), ['name', *SECTIONS])}")
-            elif not isinstance(keys, Mapping):
-                faults.append(f"{section}: expected a mapping, found {keys!r}")
-            else:
-                merged[section].update(keys)
-    parts = {section: _read_section(section, merged[section], faults) for section in SECTIONS}
-    if faults:
-        raise RecipeError("\n".join(fault if where == "recipe" else f"{where}: {fault}" for fault in faults))
-    return Recipe(name=name, **parts)
+    total: int
+    per_epoch: float
+    known: bool
+    """False for a training of the user's own whose iterations are not given; it then counts as one iteration."""
+
+    @classmethod
+    def of(cls, train: Train, train_size: int | None) -> "_Lengths":
+        per_epoch = 0.0 if train_size is None else train_size / train.batch_size
+        if train.is_external and train.iterations.unit != "it":
+            return cls(1, per_epoch, known=False)
+        return cls(int(train.iterations.resolved(per_epoch, 0)), per_epoch, known=True)
+
+    def at(self, duration: Duration) -> Duration:
+        """`duration` in iterations."""
+        return duration.resolved(self.per_epoch, self.total)
 
 
-def _read_section(section: str, raw: Layer, faults: list[str]) -> Any:
-    cls = SECTIONS[section]
-    keys = {key.name: key for key in dataclasses.fields(cls)}
-    values = {}
-    for name, value in raw.items():
-        if name not in keys:
-            faults.append(f"{section}.{name}: unknown key{suggest(str(name), keys)}")
-            continue
-        try:
-            values[name] = keys[name].metadata["read"](value)
-        except ValueError as error:
-            faults.append(f"{section}.{name}: expected {error}, found {_shown(value)}")
-    return cls(**values)
+def _rewind(recipe: Recipe, lengths: _Lengths) -> Duration | str:
+    """`prune.rewind` resolved; left as it is where that is not possible."""
+    asked = recipe.prune.rewind
+    if asked is None:
+        start = recipe.train.is_external or recipe.model.checkpoint or recipe.model.args.get("pretrained")
+        asked = Duration(0) if start or recipe.model.trained else Duration(2, "%")
+    if isinstance(asked, str) or not (lengths.known or asked.unit == "it"):
+        return asked
+    return lengths.at(asked)
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _contradictions(recipe: Recipe) -> Iterator[str]:
+    """Faults that need no look at the data."""
+    model, train, prune, run = recipe.model, recipe.train, recipe.prune, recipe.run
+    if prune.rounds is None and prune.until is None:
+        yield "prune.rounds: expected a number where prune.until is not given, found null"
+    if train.momentum and train.optimizer != "sgd":
+        yield f"train.momentum: expected 0 for {train.optimizer}, found {train.momentum:g}"
+    if bool(train.milestones) != (train.schedule == "step"):
+        yield (
+            f"train.milestones: expected with schedule step, and only there, found {len(train.milestones)}"
+            f" with schedule {train.schedule}"
+        )
+    if train.metric and run.replicates == 1 and run.tolerance is None:
+        yield "run.tolerance: expected a number, as one replicate of a metric of your own has no spread, found null"
+    if model.checkpoint_key and not (model.checkpoint or model.trained):
+        yield "model.checkpoint_key: expected null without a checkpoint, found " + model.checkpoint_key
+    if train.is_external:
+        yield from _external_contradictions(recipe)
+    if model.trained and prune.rewind != "lr":
+        if not (model.checkpoint or model.args.get("pretrained")):
+            yield (
+                "model.trained: expected with model.checkpoint, the weights that its training started from"
+                " (or with rewind lr), found none"
+            )
+        if isinstance(prune.rewind, Duration) and prune.rewind.amount:
+            yield f"prune.rewind: expected 0it or lr, as model.trained shows no iteration between, found {prune.rewind}"
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with numbers as people write them: 1e-3 is a number here (YAML 1.1 wants 1.0e-3).
-
-    Dates stay texts: a recipe is also kept as JSON, which has none.
-    """
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
-    list("-+0123456789."),
-)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that _Loader would read as numbers."""
-
-
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
-
-
-def parse_value(text: str) -> Any:
-    """A value as YAML reads it, numbers as people write them; a text that is no YAML stays a text."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        return text
-
-
-def read_layer(path: Path) -> Layer:
-    """The nested dict in a recipe file. Raises TicketfindError where it is missing or no YAML mapping."""
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise TicketfindError(f"{path}: cannot read the recipe: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: expected a YAML recipe: {' '.join(str(error).split())}") from error
-    if raw is None:
-        return {}
-    if not isinstance(raw, Mapping):
-        raise RecipeError(f"{path}: expected a mapping of sections ({', '.join(SECTIONS)})")
-    return raw
-
-
-def shipped() -> dict[str, Path]:
-    """The recipes that come with ticketfind: name -> file."""
-    return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
-
-
-def find_layer(name: str) -> Layer:
-    """The layer of a shipped recipe's name or of a YAML file. Raises TicketfindError for neither."""
-    known = shipped()
-    if name in known:
-        return read_layer(known[name])
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        layer = read_layer(path)
-        return layer if "name" in layer else {"name": re.sub(r"[^\w.+-]", "-", path.stem), **layer}
-    raise TicketfindError(
-        f"recipe {name!r}: expected a shipped recipe ({', '.join(known)}) or a YAML file{suggest(name, known)}"
-    )
-
-
-def base_layers(recipe: str | None, model: str | None, data: str | None) -> list[Layer]:
-    """What a search starts from, before flags: the recipe that is named; else, where neither a model nor data is
-    given, digits; else the shipped recipe that is called as the model is; else the rules, under a name of their own.
-    """
-    if recipe is not None:
-        return [find_layer(recipe)]
-    if model is None and data is None:
-        return [find_layer("digits")]
-    if model in shipped():
-        return [find_layer(model)]
-    parts = [re.sub(r"[^\w.+-]+", "-", Path(spec.rpartition("/")[2] or spec).name) for spec in (model, data) if spec]
-    return [{"name": "-".join(parts).strip("-.") or "search"}]
-
-
-def nested(settings: Mapping[str, Any]) -> Layer:
-    """``{"train.lr": 0.1}`` as a layer, ``{"train": {"lr": 0.1}}``."""
-    layer: dict[str, Any] = {}
-    for path, value in settings.items():
-        section, _, key = path.partition(".")
-        part = layer.setdefault(section, {}) if key else None
-        if isinstance(part, dict):
-            part[key] = value
-        elif not key:
-            layer[section] = value
-    return layer
-
-
-def differences(ours: Recipe, theirs: Recipe) -> Iterator[str]:
-    """One text for each key in which two recipes differ."""
-    a, b = ours.plain(), theirs.plain()
-    if a["name"] != b["name"]:
-        yield f"name: {b['name']} there, {a['name']} here"
-    for section in SECTIONS:
-        for key in a[section]:
-            reordered = key == "fraction" and list(a[section][key]) != list(b[section][key])  # the last match counts
-            if a[section][key] != b[section][key] or reordered:
-                yield f"{section}.{key}: {_shown(b[section][key])} there, {_shown(a[section][key])} here"
+def _external_contradictions(recipe: Recipe) -> Iterator[str]:
+    model, train, run = recipe.model, recipe.train, recipe.run
+    if train.trainer and train.command:
+        yield "train.command: expected null beside train.trainer, found both"
+    for key, value in (("train.loss", train.loss), ("train.metric", train.metric), ("model.trained", model.trained)):
+        if value is not None:
+            yield f"{key}: expected null, as a training of your own measures itself, found {value}"
+    if recipe.data.augment:
+        yield "data.augment: expected none, as a training of your own reads its own data"
+    if run.replicates == 1 and run.tolerance is None:
+        yield "run.tolerance: expected a number, as one replicate of your own training has no spread, found null"

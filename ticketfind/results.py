@@ -19,8 +19,8 @@ class Measured:
     """Test accuracy there."""
     accuracy_end: float
     """Test accuracy after the last iteration."""
-    validation_loss: float
-    """The minimum itself."""
+    validation_loss: float | None
+    """The minimum itself; None where a training of the user's own does not tell it."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,18 @@ class Stats:
         return {**asdict(self), "replicates": self.replicates}
 
 
-def tolerance(dense: Stats, given: float | None, test_size: int) -> float:
+def tolerance(dense: Stats, given: float | None, test_size: int | None) -> float:
     """How far, as a fraction, below the dense mean still matches.
 
-    given: percentage points, or None for one standard deviation of the dense replicates; with one replicate, one
-    standard error of a proportion over `test_size` examples.
+    given: percentage points, or None for one standard deviation of the dense replicates; with one replicate, or without
+    any spread, one standard error of a proportion over `test_size` examples (0 where that is not known).
     """
     if given is not None:
         return given / 100
-    if dense.accuracy_early.sd is not None:
+    if dense.accuracy_early.sd:
         return dense.accuracy_early.sd
+    if test_size is None:
+        return 0.0
     p = min(max(dense.accuracy_early.mean, 0.0), 1.0)
     return math.sqrt(p * (1 - p) / test_size)
 
@@ -96,7 +98,7 @@ class Round:
     stats: Stats
     matching: bool
     best_replicate: int
-    """The replicate of the lowest validation loss: chosen without a look at the test set."""
+    """The replicate of the lowest validation loss, the first where none is known: not chosen by the test set."""
 
     def json(self) -> dict[str, Any]:
         """One entry of `rounds` in docs/json.md."""
@@ -137,9 +139,13 @@ def rounds_of(log: Sequence[Mapping[str, Any]], *, replicates: int, given_tolera
         if dense is None:
             dense = stats
             allowed = tolerance(dense, given_tolerance, lines[0]["test_size"])
-        best = min(range(replicates), key=lambda r: measured[r].validation_loss)
+        best = min(range(replicates), key=lambda r: _loss(measured[r]))
         rounds.append(Round(number, lines[0]["remaining"], stats, is_matching(stats, dense, allowed), best))
     return rounds
+
+
+def _loss(measured: Measured) -> float:
+    return math.inf if measured.validation_loss is None else measured.validation_loss
 
 
 def winner_of(rounds: Sequence[Round]) -> Round | None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ticketfind import TicketfindError, files
-from ticketfind.recipe import Recipe, differences, from_layers, read_layer
+from ticketfind.layers import differences, from_layers, read_layer, to_yaml
+from ticketfind.recipe import Recipe
 
 try:
     import fcntl
@@ -68,6 +69,11 @@ class RunDir:
     def mask_file(self, round: int, replicate: int) -> Path:
         """The masks that a round trains under."""
         return self.path / "masks" / f"{round:02}-{replicate}.safetensors"
+
+    @property
+    def arms_folder(self) -> Path:
+        """Files of an outside program that trains, a folder for each training."""
+        return self.path / "arms"
 
     def new_eval_file(self, round: int) -> Path:
         """A name, not yet taken, for what an evaluation found."""
@@ -192,7 +198,7 @@ def begin(run: RunDir, recipe: Recipe) -> bool:
     if run.recipe_file.exists():
         _check_same(recipe, run)
         return False
-    files.write_text(run.recipe_file, recipe.to_yaml())
+    files.write_text(run.recipe_file, to_yaml(recipe))
     return True
 
 
@@ -211,7 +217,7 @@ def forget_unstarted(run: RunDir) -> None:
         return
     for file in (run.recipe_file, run.log_file, run.lock_file):
         file.unlink(missing_ok=True)
-    for folder in (run.path / "init", run.path / "masks"):
+    for folder in (run.path / "init", run.path / "masks", run.arms_folder):
         shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):  # it holds other files
         run.path.rmdir()

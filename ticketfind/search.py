@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,13 +13,14 @@ import torch
 from torch import nn
 
 from ticketfind import TicketfindError, __version__, engine, masks, results, rundir
+from ticketfind.batches import derived_seed
 from ticketfind.masks import Masks, ScoreFn
 from ticketfind.readers import Duration
 from ticketfind.recipe import Recipe
 from ticketfind.rundir import RunDir
 from ticketfind.tensorfile import read_tensors, save_tensors
 from ticketfind.ticket import Provenance, Ticket
-from ticketfind.train import Arm, Outcome, State, Task, derived_seed, fit, is_disconnected
+from ticketfind.train import Arm, Outcome, Point, State, Task, fit, is_disconnected, judge
 
 
 class Watch(Protocol):
@@ -51,6 +53,9 @@ class Plan:
     """Learning-rate rewinding: each round starts from the last one's trained weights."""
     iterations: list[int]
     """Iterations of each round, of one replicate."""
+    measured: int
+    """Rounds that are measured, the dense one included: all, but that a one-shot mask from weights that are trained
+    already is drawn and no more."""
 
     memory: int
     """Bytes of weights, gradients, optimizer state and masks of the trainings that run at once."""
@@ -63,18 +68,24 @@ class Plan:
         return {c.name: c.shape for c in self.candidates if c.pruned}
 
 
+def weights_kept(recipe: Recipe, candidates: list[masks.Candidate]) -> tuple[list[masks.Group], list[int]]:
+    """What is ranked together, and the weights kept in each round, the dense round 0 first."""
+    settings = recipe.prune
+    masks.check_globs(settings.fraction, [c.name for c in candidates], "prune.fraction")
+    sizes = {c.name: math.prod(c.shape) for c in candidates if c.pruned}
+    groups = masks.make_groups(list(sizes), settings.fraction, settings.scope)
+    return groups, masks.plan(sizes, groups, settings.rounds, settings.until)
+
+
 def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
     """The plan of a resolved recipe. Raises TicketfindError where nothing is left to prune."""
     settings = recipe.prune
     candidates = masks.candidates(model, only=settings.only, skip=settings.skip)
-    masks.check_globs(settings.fraction, [c.name for c in candidates], "prune.fraction")
-    sizes = {c.name: torch.Size(c.shape).numel() for c in candidates if c.pruned}
-    if not sizes:
+    if not any(c.pruned for c in candidates):
         raise TicketfindError(
             f"model {recipe.model.spec!r}: expected a parameter to prune, found none; ticketfind inspect MODEL says why"
         )
-    groups = masks.make_groups(list(sizes), settings.fraction, settings.scope)
-    kept = masks.plan(sizes, groups, settings.rounds, settings.until)
+    groups, kept = weights_kept(recipe, candidates)
     if len(kept) < 2:
         raise TicketfindError(
             "prune.fraction: expected to prune a weight in the first round, found that it prunes none"
@@ -82,14 +93,19 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
     moves = settings.rewind == "lr"
     rewind = int(settings.rewind) if isinstance(settings.rewind, Duration) else 0
     total = int(recipe.train.iterations)
-    iterations = [total] + [total - rewind] * (len(kept) - 1)
+    iterations = [total] + [max(1, total - rewind)] * (len(kept) - 1)
+    measured = len(kept)
+    if recipe.model.trained:
+        iterations[0] = 0
+        if settings.rounds == 1:
+            iterations[1], measured = 0, 1
     parameters, replicates = sum(math.prod(c.shape) for c in candidates), recipe.run.replicates
     at_once = engine.at_once(recipe.run.engine, replicates)
     optimizer_slots = 2 if recipe.train.optimizer != "sgd" else int(recipe.train.momentum > 0)
     memory = 4 * at_once * (parameters * (2 + optimizer_slots) + kept[0])
     starts = replicates * (len(kept) if moves else 1)
     disk = 4 * parameters * (starts + 1) + kept[0] * (replicates * (len(kept) - 1) + 1)
-    return Plan(candidates, groups, kept, rewind, moves, iterations, memory, disk)
+    return Plan(candidates, groups, kept, rewind, moves, iterations, measured, memory, disk)
 
 
 def search(recipe: Recipe, task: Task, run: RunDir, plan: Plan, score: ScoreFn, watch: Watch) -> list[results.Round]:
@@ -123,12 +139,10 @@ class _Job:
         logged = {(line["round"], line["replicate"]) for line in run.log()}
         replicates = range(recipe.run.replicates)
         self.watch.begin(sum(plan.iterations) * len(replicates), sum(plan.iterations[round] for round, _ in logged))
-        for round in range(len(plan.kept)):
+        for round in range(plan.measured):
             todo = [replicate for replicate in replicates if (round, replicate) not in logged]
             arms = [self.arm(round, replicate) for replicate in todo]
-            keep_at = plan.rewind if round == 0 else None
-            way, tick = recipe.run.engine, self.watch.tick
-            with closing(fit(arms, self.task, recipe.train, way=way, keep_at=keep_at, tick=tick)) as trained:
+            with closing(self.train(round, arms)) as trained:
                 for replicate, (arm, outcome) in zip(todo, trained, strict=True):
                     self.finish(round, replicate, arm, outcome)
             rundir.make_latest(run)
@@ -137,14 +151,31 @@ class _Job:
         winner = results.winner_of(rounds)
         if winner is not None:
             load(run, winner.round, winner.best_replicate).save(run.ticket_file)
+        elif plan.measured < len(plan.kept):
+            load(run, plan.measured, 0).save(run.ticket_file)
         run.finish()
         return rounds
+
+    def train(self, round: int, arms: list[Arm]) -> Generator[tuple[Arm, Outcome], None, None]:
+        """The arms of a round, each with its outcome; weights that are trained already stand for round 0."""
+        how = self.recipe.train
+        if round == 0 and self.task.trained:
+            return judge(arms, self.task, how)
+        return fit(
+            arms,
+            self.task,
+            how,
+            way=self.recipe.run.engine,
+            keep_at=self.plan.rewind if round == 0 else None,
+            tick=self.watch.tick,
+            folder=self.run.arms_folder,
+        )
 
     def arm(self, round: int, replicate: int) -> Arm:
         """Train from initialization in round 0, then from the rewind point under the mask drawn before."""
         name, seed = f"round {round}, replicate {replicate}", self.recipe.run.seed + replicate
         if round == 0:
-            return Arm(name, self.task.start(seed), {}, seed)
+            return Arm(name, self.task.start(seed), {}, seed, replicate=replicate)
         start, _ = read_tensors(self.start_file(round, replicate), "rewind point")
         mask, _ = read_tensors(self.run.mask_file(round, replicate), "mask")
         emptied = ", ".join(parameter for parameter, kept in mask.items() if not bool(kept.any()))
@@ -155,7 +186,7 @@ class _Job:
                     f"{name}: no weight is left in {emptied}, and the output no longer depends on the input;"
                     " use scope layer or fewer rounds, or start anew with --set prune.allow_collapse=true"
                 )
-        return Arm(name, start, mask, seed, self.plan.rewind)
+        return Arm(name, start, mask, seed, self.plan.rewind, round, replicate)
 
     def finish(self, round: int, replicate: int, arm: Arm, outcome: Outcome) -> None:
         """Draw the next round's mask, and put everything about this training on disk; the log line last."""
@@ -178,7 +209,7 @@ class _Job:
                 _, about = read_tensors(self.start_file(0, replicate), "rewind point")
                 save_tensors(self.start_file(round + 1, replicate), outcome.final, about)
             save_tensors(self.run.mask_file(round + 1, replicate), new)
-        self.run.append(_log_line(round, replicate, old, outcome, len(self.task.data.test)))
+        self.run.append(_log_line(round, replicate, old, outcome))
 
     def prune(self, round: int, replicate: int, old: Masks, final: State, initial: State) -> Masks:
         """Score on the training device, keep the highest."""
@@ -197,10 +228,15 @@ class _Job:
 
 def _about_start(initial: State, plan: Plan, task: Task) -> dict[str, Any]:
     sigma = {name: float(initial[name].double().std(correction=0)) for name in plan.shapes}
-    return {"iteration": plan.rewind, "sigma": sigma, "aliases": masks.aliases(task.model)}
+    return {
+        "iteration": plan.rewind,
+        "sigma": sigma,
+        "aliases": masks.aliases(task.model),
+        "checkpoint_dtype": task.given_dtype,
+    }
 
 
-def _log_line(round: int, replicate: int, mask: Masks, outcome: Outcome, test_size: int) -> dict[str, Any]:
+def _log_line(round: int, replicate: int, mask: Masks, outcome: Outcome) -> dict[str, Any]:
     points = [asdict(point) for point in outcome.points]
     return {
         "round": round,
@@ -208,9 +244,9 @@ def _log_line(round: int, replicate: int, mask: Masks, outcome: Outcome, test_si
         "kept": masks.count(mask),
         "remaining": masks.remaining(mask),
         **asdict(outcome.measured),
-        "test_size": test_size,
+        "test_size": outcome.test_size,
         "kept_per_tensor": {name: int(m.sum()) for name, m in mask.items()},
-        "curve": {key: [point[key] for point in points] for key in points[0]},
+        "curve": {key: [point[key] for point in points] for key in Point.__dataclass_fields__},
     }
 
 
@@ -224,10 +260,10 @@ def finished_rounds(run: RunDir, recipe: Recipe | None = None) -> list[results.R
 
 
 def load(run: RunDir, round: int, replicate: int) -> Ticket:
-    """The ticket of one round and replicate. Raises TicketfindError where the run does not hold it."""
+    """The ticket of one round and replicate, trained or not. Raises TicketfindError where the run does not hold it."""
     recipe = run.recipe()
     rounds = finished_rounds(run, recipe)
-    if not 1 <= round < len(rounds):
+    if not 1 <= round <= max(len(rounds) - 1, _untested(run, recipe) or 0):
         raise _no_round(run, rounds, round)
     if not 0 <= replicate < recipe.run.replicates:
         raise TicketfindError(f"{run.path}: replicate: expected 0 to {recipe.run.replicates - 1}, found {replicate}")
@@ -239,7 +275,7 @@ def load(run: RunDir, round: int, replicate: int) -> Ticket:
         recipe=recipe.plain(),
         round=round,
         replicate=replicate,
-        claims={"dense": rounds[0].stats.json(), "ticket": rounds[round].stats.json()},
+        claims={name: rounds[n].stats.json() for name, n in (("dense", 0), ("ticket", round)) if n < len(rounds)},
         versions={"ticketfind": __version__, "torch": torch.__version__, "python": platform.python_version()},
         **json.loads(metadata["ticketfind"]),
     )
@@ -251,23 +287,39 @@ def _no_round(run: RunDir, rounds: list[results.Round], round: int) -> Ticketfin
     return TicketfindError(f"{run.path}: round: expected {there}, found {round}")
 
 
-def chosen_round(run: RunDir, round: int | None) -> results.Round:
-    """Round `round` of a run, the winner where None. Raises TicketfindError where there is no winner."""
-    rounds = finished_rounds(run)
+def _untested(run: RunDir, recipe: Recipe) -> int | None:
+    """The round of a finished run whose mask was drawn from weights that were trained already, and not trained."""
+    return 1 if recipe.model.trained and recipe.prune.rounds == 1 and run.is_finished else None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A round of a run, and which of its replicates stands for it."""
+
+    round: int
+    replicate: int
+
+
+def chosen(run: RunDir, round: int | None) -> Choice:
+    """Round `round` of a run, the winner (or the one ticket that was drawn and not trained) where None.
+
+    Raises TicketfindError where there is none.
+    """
+    rounds, untested = finished_rounds(run), _untested(run, run.recipe())
+    if untested is not None and round in (None, untested):
+        return Choice(untested, 0)
     if round is not None:
         if not 1 <= round < len(rounds):
-            raise TicketfindError(
-                f"{run.path}: round: expected 1 to {len(rounds) - 1} (finished, pruned), found {round}"
-            )
-        return rounds[round]
+            raise _no_round(run, rounds, round)
+        return Choice(round, rounds[round].best_replicate)
     winner = results.winner_of(rounds)
     if winner is None:
         finished = f"{len(rounds)} finished rounds" if rounds else "no finished round"
         raise TicketfindError(f"{run.path}: expected a winner, found no matching one in {finished}; name a --round")
-    return winner
+    return Choice(winner.round, winner.best_replicate)
 
 
 def tickets(run: RunDir, round: int | None) -> list[Ticket]:
     """The tickets of every replicate of a round (the winner's where None)."""
-    number = chosen_round(run, round).round
+    number = chosen(run, round).round
     return [load(run, number, replicate) for replicate in range(run.recipe().run.replicates)]

@@ -108,6 +108,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def brief(seconds: float) -> str:
+    """``0.0123`` as ``12.3 ms``; from a second on as `duration`, but for the first minute."""
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s" if seconds < 60 else duration(seconds)
+
+
 # ---------------------------------------------------------------------------------------------- rounds
 
 

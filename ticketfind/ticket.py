@@ -40,6 +40,8 @@ class Provenance:
     """What the search measured: accuracies as fractions, over the run's replicates."""
     versions: dict[str, str] = field(default_factory=dict)
     """ticketfind, torch, python."""
+    checkpoint_dtype: str | None = None
+    """Types of the checkpoint's weights, where the search started from one; `init` has the model's."""
 
 
 @dataclass(frozen=True)
@@ -120,35 +122,7 @@ class Ticket:
         momentum and weight decay revive nothing. Returns a function that lets go. Raises TicketfindError where a
         masked parameter is missing or has another shape.
         """
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name, mask in self.masks.items():
-            if name not in parameters or parameters[name].shape != mask.shape:
-                found = tuple(parameters[name].shape) if name in parameters else "none"
-                raise TicketfindError(f"hold: expected a parameter {name} of shape {tuple(mask.shape)}, found {found}")
-        pruned = [(parameters[name], ~mask.to(parameters[name].device)) for name, mask in self.masks.items()]
-
-        @torch.no_grad()
-        def zero_gradients(*_: Any) -> None:
-            for parameter, gone in pruned:
-                if parameter.grad is not None:
-                    parameter.grad.masked_fill_(gone, 0.0)
-
-        @torch.no_grad()
-        def zero_weights(*_: Any) -> None:
-            for parameter, gone in pruned:
-                parameter.masked_fill_(gone, 0.0)
-
-        zero_weights()
-        hooks = [
-            optimizer.register_step_pre_hook(zero_gradients),
-            optimizer.register_step_post_hook(zero_weights),
-        ]
-
-        def release() -> None:
-            for hook in hooks:
-                hook.remove()
-
-        return release
+        return hold(model, optimizer, self.masks)
 
     def save(self, path: Path | str, *, layout: str = "full") -> None:
         """Write the ticket, whole or not at all. layout: "full", or "compact" (bit-packed masks, survivors only)."""
@@ -167,6 +141,39 @@ class Ticket:
         else:
             tensors |= {f"mask/{name}": mask for name, mask in self.masks.items()}
         save_tensors(Path(path), tensors, {_KEY: json.dumps(about)})
+
+
+def hold(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Tensor]) -> Callable[[], None]:
+    """As `Ticket.hold`, under masks that come from elsewhere (parameter name -> bool tensor, True = kept)."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, mask in masks.items():
+        if name not in parameters or parameters[name].shape != mask.shape:
+            found = tuple(parameters[name].shape) if name in parameters else "none"
+            raise TicketfindError(f"hold: expected a parameter {name} of shape {tuple(mask.shape)}, found {found}")
+    pruned = [(parameters[name], ~mask.to(parameters[name].device)) for name, mask in masks.items()]
+
+    @torch.no_grad()
+    def zero_gradients(*_: Any) -> None:
+        for parameter, gone in pruned:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(gone, 0.0)
+
+    @torch.no_grad()
+    def zero_weights(*_: Any) -> None:
+        for parameter, gone in pruned:
+            parameter.masked_fill_(gone, 0.0)
+
+    zero_weights()
+    hooks = [
+        optimizer.register_step_pre_hook(zero_gradients),
+        optimizer.register_step_post_hook(zero_weights),
+    ]
+
+    def release() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return release
 
 
 def load_ticket(path: Path | str) -> Ticket:
@@ -233,7 +240,10 @@ def _provenance(path: Path, about: Mapping[str, Any]) -> Provenance:
             raise TicketfindError(
                 f"{path}: metadata {key}: expected {kind.__name__}, found {type(about.get(key)).__name__}"
             )
-    return Provenance(**{key: about[key] for key in kinds})
+    dtype = about.get("checkpoint_dtype")
+    if dtype is not None and not isinstance(dtype, str):
+        raise TicketfindError(f"{path}: metadata checkpoint_dtype: expected str, found {type(dtype).__name__}")
+    return Provenance(**{key: about[key] for key in kinds}, checkpoint_dtype=dtype)
 
 
 # ---------------------------------------------------------------------------------------- compact layout

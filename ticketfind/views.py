@@ -2,6 +2,7 @@
 
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ticketfind import results
+from ticketfind import layers, results
 from ticketfind.results import Round, Spread, Stats
-from ticketfind.terminal import RoundRows, Screen, percent, printable, size, spread
+from ticketfind.terminal import RoundRows, Screen, brief, percent, printable, size, spread
 
 if TYPE_CHECKING:
     from ticketfind.experiments import Difference, Evaluation
@@ -25,20 +26,15 @@ if TYPE_CHECKING:
 
 def show_plan(screen: Screen, recipe: "Recipe", plan: "Plan") -> None:
     """`search --dry-run`."""
-    rounds = [
-        {"round": number, "remaining": kept / plan.kept[0], "kept": kept, "iterations": iterations}
-        for number, (kept, iterations) in enumerate(zip(plan.kept, plan.iterations, strict=True))
-    ]
     total = sum(plan.iterations) * recipe.run.replicates
-    screen.print(escape(recipe.to_yaml()))
-    rows = [(str(r["round"]), percent(r["remaining"]), f"{r['kept']:,}", f"{r['iterations']:,}") for r in rounds]
-    screen.print(_table(("round", "left", "weights", "iterations"), rows))
+    screen.print(escape(layers.to_yaml(recipe)))
+    screen.print(_rounds_table(plan.kept, plan.iterations))
     screen.result(
         f"{plural(recipe.run.replicates, 'replicate')}, {total:,} iterations in all;"
         f" memory {size(plan.memory)} beside data and activations, disk {size(plan.disk)}",
         {
             "recipe": recipe.plain(),
-            "rounds": rounds,
+            "rounds": _plan_json(plan.kept, plan.iterations),
             "iterations": total,
             "parameters": sum(math.prod(c.shape) for c in plan.candidates),
             "prunable": plan.kept[0],
@@ -51,13 +47,18 @@ def show_plan(screen: Screen, recipe: "Recipe", plan: "Plan") -> None:
 def show_search(screen: Screen, run: "RunDir", rounds: Sequence[Round], seconds: float) -> None:
     """What `search` has found; its rounds were shown on the way."""
     winner = results.winner_of(rounds)
-    ticket = None if winner is None else str(run.ticket_file)
-    line = (
-        "no winner: no pruned round matches the dense network;"
-        " try more --replicates, a later --rewind or a smaller --prune"
-        if winner is None
-        else f"winner: {_winner(winner)} (dense {spread(rounds[0].stats.accuracy_early)} %)\nticket: {ticket}"
-    )
+    ticket = str(run.ticket_file) if run.ticket_file.exists() else None
+    if winner is not None:
+        line = f"winner: {_winner(winner)} (dense {spread(rounds[0].stats.accuracy_early)} %)\nticket: {ticket}"
+    elif ticket is not None:
+        line = (
+            f"ticket, drawn from trained weights and not trained itself: {ticket}\nticketfind eval {run.path} trains it"
+        )
+    else:
+        line = (
+            "no winner: no pruned round matches the dense network;"
+            " try more --replicates, a later --rewind or a smaller --prune"
+        )
     dense = rounds[0].stats.json()
     screen.result(
         line, {"run": str(run.path), "dense": dense, **_rounds_json(rounds), "ticket": ticket, "seconds": seconds}
@@ -72,8 +73,8 @@ def show_rounds(screen: Screen, rounds: Sequence[Round]) -> None:
 
 def show_run(screen: Screen, run: "RunDir", recipe: "Recipe", rounds: Sequence[Round]) -> None:
     """`inspect RUN`."""
-    model, data = recipe.model.spec, recipe.data.spec
-    screen.message(f"{run.path}: {model} on {data}, {plural(recipe.run.replicates, 'replicate')}")
+    what = subject(recipe.model.spec, recipe.data.spec)
+    screen.message(f"{run.path}: {what}, {plural(recipe.run.replicates, 'replicate')}")
     if rounds:
         show_rounds(screen, rounds)
     winner = results.winner_of(rounds)
@@ -201,7 +202,7 @@ def _claims(recipe: Mapping[str, Any], claims: Mapping[str, Any]) -> list[str]:
     model, data = recipe.get("model"), recipe.get("data")
     lines = []
     if isinstance(model, dict) and isinstance(data, dict):
-        lines.append(f"{model.get('spec')} on {data.get('spec')}")
+        lines.append(subject(model.get("spec"), data.get("spec")))
     for name in ("dense", "ticket"):
         try:
             early = claims[name]["accuracy_early"]
@@ -213,21 +214,85 @@ def _claims(recipe: Mapping[str, Any], claims: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def show_candidates(screen: Screen, spec: str, found: Sequence["Candidate"]) -> None:
-    """`inspect MODEL`."""
-    rows = [(c.name, _shape(c.shape), "pruned" if c.pruned else "whole", c.reason) for c in found]
-    screen.print(_table(("parameter", "shape", "", "why"), rows, left=4))
-    parameters = sum(math.prod(c.shape) for c in found)
-    prunable = sum(math.prod(c.shape) for c in found if c.pruned)
+def show_model(screen: Screen, spec: str, found: Sequence["Candidate"], kept: Sequence[int]) -> None:
+    """`inspect MODEL` without data."""
+    screen.print(_candidates_table(found))
+    if len(kept) > 1:
+        screen.print(_rounds_table(kept, None))
+    data = _candidates_json(spec, found)
     screen.result(
-        f"{spec}: {prunable:,} of {parameters:,} parameters can be pruned",
+        f"{spec}: {data['prunable']:,} of {data['parameters']:,} parameters can be pruned"
+        + (" (--data adds iterations, memory and time)" if data["prunable"] else ""),
+        {**data, "rounds": _plan_json(kept, None)},
+    )
+
+
+def show_outlook(
+    screen: Screen, recipe: "Recipe", plan: "Plan", data_bytes: int, step_seconds: Sequence[float]
+) -> None:
+    """`inspect MODEL --data ...`."""
+    screen.print(_candidates_table(plan.candidates))
+    screen.print(_rounds_table(plan.kept, plan.iterations))
+    data = _candidates_json(recipe.model.spec, plan.candidates)
+    total = sum(plan.iterations) * recipe.run.replicates
+    step = statistics.median(step_seconds[1:])
+    screen.result(
+        f"{recipe.model.spec}: {data['prunable']:,} of {data['parameters']:,} parameters can be pruned\n"
+        f"{plural(recipe.run.replicates, 'replicate')}, {total:,} iterations in all;"
+        f" memory {size(plan.memory)} for training, {size(data_bytes)} for data, and activations\n"
+        f"first step {brief(step_seconds[0])}, then {brief(step)} a step on {recipe.run.device}:"
+        f" about {brief(total * step)} of training, one after another, without evaluations",
         {
-            "model": spec,
-            "parameters": parameters,
-            "prunable": prunable,
-            "tensors": {c.name: {"shape": list(c.shape), "pruned": c.pruned, "reason": c.reason} for c in found},
+            **data,
+            "rounds": _plan_json(plan.kept, plan.iterations),
+            "iterations": total,
+            "replicates": recipe.run.replicates,
+            "memory": plan.memory,
+            "data_bytes": data_bytes,
+            "disk": plan.disk,
+            "first_step_seconds": step_seconds[0],
+            "step_seconds": step,
         },
     )
+
+
+def _candidates_table(found: Sequence["Candidate"]) -> Table:
+    rows = [(c.name, _shape(c.shape), "pruned" if c.pruned else "whole", c.reason) for c in found]
+    return _table(("parameter", "shape", "", "why"), rows, left=4)
+
+
+def _candidates_json(spec: str, found: Sequence["Candidate"]) -> dict[str, Any]:
+    return {
+        "model": spec,
+        "parameters": sum(math.prod(c.shape) for c in found),
+        "prunable": sum(math.prod(c.shape) for c in found if c.pruned),
+        "tensors": {c.name: {"shape": list(c.shape), "pruned": c.pruned, "reason": c.reason} for c in found},
+    }
+
+
+def _rounds_table(kept: Sequence[int], iterations: Sequence[int] | None) -> Table:
+    rows = [
+        (str(number), percent(n / kept[0]), f"{n:,}", *((f"{iterations[number]:,}",) if iterations else ()))
+        for number, n in enumerate(kept)
+    ]
+    return _table(("round", "left", "weights", *(("iterations",) if iterations else ())), rows)
+
+
+def _plan_json(kept: Sequence[int], iterations: Sequence[int] | None) -> list[dict[str, Any]]:
+    return [
+        {
+            "round": number,
+            "remaining": n / kept[0] if kept[0] else 0.0,
+            "kept": n,
+            **({"iterations": iterations[number]} if iterations else {}),
+        }
+        for number, n in enumerate(kept)
+    ]
+
+
+def subject(model: str | None, data: str | None) -> str:
+    """``lenet-300-100 on digits``; a training of the user's own may have no data that is known here."""
+    return f"{model}" if data is None else f"{model} on {data}"
 
 
 def plural(number: int, what: str) -> str:

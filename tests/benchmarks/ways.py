@@ -10,8 +10,8 @@ import time
 
 import torch
 
-from ticketfind import engine, models, recipe, train
-from ticketfind.data import Data, Split
+from ticketfind import engine, layers, models, recipe, train
+from ticketfind.batches import Data, Split
 
 CASES = (  # network, input shape, batch, iterations, arms
     ("lenet-300-100", (1, 8, 8), 60, 500, 5),
@@ -47,7 +47,7 @@ def main(blocks: int) -> None:
             source.new(0), Data(**splits), torch.device("cpu"), lambda seed, s=source: models.state_of(s.new(seed))
         )
         settings = {"iterations": iterations, "batch_size": batch, "optimizer": "adam", "schedule": "constant"}
-        asked = recipe.from_layers({"train": {**settings, "warmup": 0, "eval_every": iterations, "weight_decay": 0}})
+        asked = layers.from_layers({"train": {**settings, "warmup": 0, "eval_every": iterations, "weight_decay": 0}})
         how = asked.resolved(train_size=sizes["train"], validation=batch, device="cpu", engine="eager").train
         arms = [train.Arm(f"arm {seed}", task.start(seed), {}, seed) for seed in range(count)]
         taken: dict[str, list[float]] = {"eager": [], "processes": []}
