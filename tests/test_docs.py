@@ -240,7 +240,7 @@ PRINTED = {
     "diff": ["diff", "runs/digits", "runs/digits"],
     "inspect RUN": ["inspect"],
     "inspect TICKET": ["inspect", "runs/digits/ticket.safetensors"],
-    "inspect MODEL": ["inspect", "lenet-300-100"],
+    "inspect MODEL": ["inspect", "lenet-300-100", "--data", "digits", "--set", "data.validation=200"],
 }
 
 

@@ -354,7 +354,8 @@ def _inspect_model(spec: str, data: str | None, settings: dict[str, Any], screen
         return views.show_model(screen, spec, found, kept)
     assert task.data is not None
     plan = searching.make_plan(recipe, task.model)
-    views.show_outlook(screen, recipe, plan, task.data.resident_bytes, train.step_seconds(task, recipe.train))
+    seconds = train.step_seconds(task, recipe.train)
+    views.show_model(screen, spec, found, kept, views.Outlook(recipe, plan, task.data.resident_bytes, seconds))
 
 
 # ------------------------------------------------------------------------------------------------ shared

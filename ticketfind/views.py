@@ -4,6 +4,7 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,60 +215,80 @@ def _claims(recipe: Mapping[str, Any], claims: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def show_model(screen: Screen, spec: str, found: Sequence["Candidate"], kept: Sequence[int]) -> None:
-    """`inspect MODEL` without data."""
+@dataclass(frozen=True)
+class Outlook:
+    """What a search of a model on data would take."""
+
+    recipe: "Recipe"
+    plan: "Plan"
+    data_bytes: int
+    """Bytes of the examples that are held in memory."""
+    step_seconds: Sequence[float]
+    """Of the first training steps."""
+
+    @property
+    def total(self) -> int:
+        """Iterations of all trainings."""
+        return sum(self.plan.iterations) * self.recipe.run.replicates
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step, once the first is done."""
+        return statistics.median(self.step_seconds[1:])
+
+
+def show_model(
+    screen: Screen, spec: str, found: Sequence["Candidate"], kept: Sequence[int], outlook: Outlook | None = None
+) -> None:
+    """`inspect MODEL`; kept: weights in each round; outlook: with --data."""
+    iterations = None if outlook is None else outlook.plan.iterations
     screen.print(_candidates_table(found))
     if len(kept) > 1:
-        screen.print(_rounds_table(kept, None))
-    data = _candidates_json(spec, found)
+        screen.print(_rounds_table(kept, iterations))
+    parameters = sum(math.prod(c.shape) for c in found)
+    prunable = sum(math.prod(c.shape) for c in found if c.pruned)
+    lines = [f"{spec}: {prunable:,} of {parameters:,} parameters can be pruned"]
     screen.result(
-        f"{spec}: {data['prunable']:,} of {data['parameters']:,} parameters can be pruned"
-        + (" (--data adds iterations, memory and time)" if data["prunable"] else ""),
-        {**data, "rounds": _plan_json(kept, None)},
-    )
-
-
-def show_outlook(
-    screen: Screen, recipe: "Recipe", plan: "Plan", data_bytes: int, step_seconds: Sequence[float]
-) -> None:
-    """`inspect MODEL --data ...`."""
-    screen.print(_candidates_table(plan.candidates))
-    screen.print(_rounds_table(plan.kept, plan.iterations))
-    data = _candidates_json(recipe.model.spec, plan.candidates)
-    total = sum(plan.iterations) * recipe.run.replicates
-    step = statistics.median(step_seconds[1:])
-    screen.result(
-        f"{recipe.model.spec}: {data['prunable']:,} of {data['parameters']:,} parameters can be pruned\n"
-        f"{plural(recipe.run.replicates, 'replicate')}, {total:,} iterations in all;"
-        f" memory {size(plan.memory)} for training, {size(data_bytes)} for data, and activations\n"
-        f"first step {brief(step_seconds[0])}, then {brief(step)} a step on {recipe.run.device}:"
-        f" about {brief(total * step)} of training, one after another, without evaluations",
+        "\n".join(lines + _outlook_lines(outlook)),
         {
-            **data,
-            "rounds": _plan_json(plan.kept, plan.iterations),
-            "iterations": total,
-            "replicates": recipe.run.replicates,
-            "memory": plan.memory,
-            "data_bytes": data_bytes,
-            "disk": plan.disk,
-            "first_step_seconds": step_seconds[0],
-            "step_seconds": step,
+            "model": spec,
+            "parameters": parameters,
+            "prunable": prunable,
+            "tensors": {c.name: {"shape": list(c.shape), "pruned": c.pruned, "reason": c.reason} for c in found},
+            "rounds": _plan_json(kept, iterations),
+            **_outlook_json(outlook),
         },
     )
+
+
+def _outlook_lines(outlook: Outlook | None) -> list[str]:
+    if outlook is None:
+        return ["iterations, memory and time: with --data"]
+    replicates, device = outlook.recipe.run.replicates, outlook.recipe.run.device
+    return [
+        f"{plural(replicates, 'replicate')}, {outlook.total:,} iterations in all;"
+        f" memory {size(outlook.plan.memory)} for training, {size(outlook.data_bytes)} for data, and activations",
+        f"first step {brief(outlook.step_seconds[0])}, then {brief(outlook.step)} a step on {device}: about"
+        f" {brief(outlook.total * outlook.step)} of training, one after another, without evaluations",
+    ]
+
+
+def _outlook_json(outlook: Outlook | None) -> dict[str, Any]:
+    """The same keys with and without data."""
+    return {
+        "replicates": outlook and outlook.recipe.run.replicates,
+        "iterations": outlook and outlook.total,
+        "memory": outlook and outlook.plan.memory,
+        "data_bytes": outlook and outlook.data_bytes,
+        "disk": outlook and outlook.plan.disk,
+        "first_step_seconds": outlook and outlook.step_seconds[0],
+        "step_seconds": outlook and outlook.step,
+    }
 
 
 def _candidates_table(found: Sequence["Candidate"]) -> Table:
     rows = [(c.name, _shape(c.shape), "pruned" if c.pruned else "whole", c.reason) for c in found]
     return _table(("parameter", "shape", "", "why"), rows, left=4)
-
-
-def _candidates_json(spec: str, found: Sequence["Candidate"]) -> dict[str, Any]:
-    return {
-        "model": spec,
-        "parameters": sum(math.prod(c.shape) for c in found),
-        "prunable": sum(math.prod(c.shape) for c in found if c.pruned),
-        "tensors": {c.name: {"shape": list(c.shape), "pruned": c.pruned, "reason": c.reason} for c in found},
-    }
 
 
 def _rounds_table(kept: Sequence[int], iterations: Sequence[int] | None) -> Table:
@@ -279,14 +300,15 @@ def _rounds_table(kept: Sequence[int], iterations: Sequence[int] | None) -> Tabl
 
 
 def _plan_json(kept: Sequence[int], iterations: Sequence[int] | None) -> list[dict[str, Any]]:
+    """The rounds of a plan; none for a model with nothing to prune."""
     return [
         {
             "round": number,
-            "remaining": n / kept[0] if kept[0] else 0.0,
+            "remaining": n / kept[0],
             "kept": n,
-            **({"iterations": iterations[number]} if iterations else {}),
+            "iterations": None if iterations is None else iterations[number],
         }
-        for number, n in enumerate(kept)
+        for number, n in enumerate(kept if kept[0] else ())
     ]
 
 
