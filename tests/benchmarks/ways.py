@@ -42,7 +42,7 @@ def main(blocks: int) -> None:
             part: Split(torch.rand(n, *shape, generator=draw), torch.randint(10, (n,), generator=draw))
             for part, n in sizes.items()
         }
-        source = models.source(spec, {}, input_shape=shape, classes=10)
+        source = models.source(spec, {}, example=splits["train"].inputs[:2], outputs=10)
         task = train.Task(
             source.new(0), Data(**splits), torch.device("cpu"), lambda seed, s=source: models.state_of(s.new(seed))
         )
