@@ -1,5 +1,6 @@
 """On a CUDA device: the promises that do not depend on rounding hold exactly, the rest agrees with the CPU."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,18 @@ from torch.nn import functional as F
 
 from ticketfind import TicketfindError, engine, masks, results
 from ticketfind import search as searching
+from ticketfind.augment import augmented
+from ticketfind.batches import Data, Order, Split, Stream
 from ticketfind.engine import Lane
+from ticketfind.examples import collate
 from ticketfind.experiments import evaluate
 from ticketfind.masks import SCORES
+from ticketfind.outputs import cross_entropy
 from ticketfind.recipe import Recipe, Train
 from ticketfind.rundir import RunDir
 from ticketfind.ticket import Ticket, load_ticket
-from ticketfind.train import Arm, Task, cross_entropy, fit, is_disconnected
+from ticketfind.train import Arm, Task, fit, is_disconnected
+from ticketfind.trainers import by_function
 
 DEVICE = "cuda"
 pytestmark = [
@@ -206,6 +212,55 @@ def test_dropout_follows_the_arms_seed_and_leaves_the_users_generators_alone(
     assert torch.equal(torch.get_rng_state(), before[0]) and torch.equal(torch.cuda.get_rng_state(), before[1])
 
 
+# --------------------------------------------------------------------------------------------- the data
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_data_train_as_resident_data(
+    workers: int, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    """The same batches, pinned and copied ahead; the same bits in the end."""
+    task = make_task(device=DEVICE)
+    split = task.data.train.to(torch.device("cpu"))
+    examples = [(x, int(y)) for x, y in zip(split.inputs, split.targets, strict=True)]
+    stream = Stream(examples, functools.partial(collate, what="data"), torch.arange(len(examples)), workers)
+    streamed = Data(stream, task.data.validation, task.data.test).to(torch.device(DEVICE))
+    arms = [Arm("arm", task.start(1), {}, 1)]
+    ((_, one),) = fit(arms, task, make_train(), way="eager")
+    ((_, other),) = fit(arms, make_task(device=DEVICE, data=streamed), make_train(), way="eager")
+    assert all(torch.equal(one.final[name], other.final[name]) for name in one.final)
+
+
+def test_augmentation_draws_the_same_as_on_the_cpu() -> None:
+    images = torch.rand(6, 3, 16, 24)
+    draw = next(Order(0, 6, 0, 1).draws(6, 3))[0]
+    here = augmented(images.to(DEVICE), draw, ["flip", "crop"])
+    assert torch.equal(here.cpu(), augmented(images, draw, ["flip", "crop"]))
+    inputs, _ = next(
+        Data(*[Split(images, torch.zeros(6))] * 3, ["crop"]).to(torch.device(DEVICE)).training(Order(0, 6, 0, 1))
+    )
+    assert isinstance(inputs, Tensor) and inputs.device.type == DEVICE
+
+
+def test_a_trainer_of_the_users_own_trains_here(
+    make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    def train(model: nn.Module, hold: Callable[..., None], arm: Arm) -> dict[str, Any]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        hold(optimizer)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(torch.ones(4, 12, device=DEVICE)).square().mean().backward()
+            optimizer.step()
+        return {"accuracy": torch.tensor(0.5, device=DEVICE)}
+
+    task = make_task(device=DEVICE, data=None, trainer=by_function(train))
+    mask = {"fc1.weight": torch.rand(16, 12, generator=torch.Generator().manual_seed(0)) < 0.4}
+    ((_, outcome),) = fit([Arm("arm", task.start(0), mask, 0)], task, make_train(), way="eager", keep_at=3)
+    assert outcome.kept is not None and not torch.equal(outcome.kept["fc1.bias"], outcome.final["fc1.bias"])
+    assert bool((outcome.final["fc1.weight"].cpu()[~mask["fc1.weight"]] == 0).all())
+
+
 # ------------------------------------------------------------------------------------------- the ticket
 
 
@@ -263,7 +318,9 @@ def test_auto_takes_the_device_and_trains_one_after_another() -> None:
     device = engine.resolve_device("auto")
     assert device.type == DEVICE
     assert engine.choose("auto", device, arms=5, parameters=1000) == "eager"
-    with pytest.raises(TicketfindError, match="processes needs Linux and several CPU cores, found device cuda"):
+    with pytest.raises(
+        TicketfindError, match="processes needs Linux, several CPU cores and resident data, found device cuda"
+    ):
         engine.choose("processes", device, arms=5, parameters=1000)
 
 
