@@ -419,7 +419,7 @@ def test_a_data_set_is_read_in_order(factories):
             "numbers",
             "train: expected a pair or dict of tensors, or a Dataset (map-style or iterable)",
         ),
-        ("ragged", "train: input: expected examples of one shape, found (2,) at 1, and (1,) before"),
+        ("ragged", "train: input: expected examples of one shape, found (2,) at 1, and (1,) at 0; a DataLoader"),
         ("words", "train: input 0: expected numbers, found str: TypeError"),
         ("alone", "train: expected (input, target) or dict examples, found Tensor at 0"),
         ("broken", "train: expected (input, target) or dict examples, found float at 0"),

@@ -1,21 +1,19 @@
 """Specs of data -> training, validation and test examples, checked, and resident or read as they are needed."""
 
-import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
 from ticketfind import TicketfindError, formats, images
-from ticketfind.batches import Batch, Data, Examples, Flow, Split, Stream, ToBatch, map_inputs, seeded, tensors_of
-from ticketfind.examples import as_batch, collate, collate_by
+from ticketfind.batches import Batch, Data, Examples, Split, map_inputs, seeded, tensors_of
+from ticketfind.examples import Source, as_batch, source_of
 from ticketfind.outputs import IGNORED, Inputs
 from ticketfind.specs import is_code, load_object, one_line, suggest
+from ticketfind.streams import Flow, Stream
 from ticketfind.tensorfile import read_tensors
 
 
@@ -35,10 +33,13 @@ def load(
 
     validation: examples (or share) of the training set held out, drawn with `seed`, of every class alike with
     `stratify`; None: the data's own validation split, else a tenth. resident: whether the examples of a data set are
-    read into memory; None: unless they take more than `memory` bytes, or differ from one reading to the next.
+    read into memory; None: unless they take more than `memory` bytes, or those of a map-style data set differ from
+    one reading to the next (the first 16 are read twice). workers: processes that read what is not resident.
+    What a factory or a data set draws at random here follows from a fixed seed.
     Raises TicketfindError for unknown, missing, damaged or inconsistent data.
     """
-    splits = _settled(_read(spec, args), f"data {spec}", resident, workers, memory)
+    with seeded(0):
+        splits = _settled(_read(spec, args), spec, resident, workers, memory)
     for part, examples in splits.items():
         _check(f"data {spec}: {part}", examples, splits["train"])
     if augment:
@@ -70,9 +71,11 @@ def load(
 
 def resolved_args(spec: str, args: Mapping[str, Any], image_settings: Mapping[str, Any]) -> dict[str, Any]:
     """`args`, completed by how images are prepared for the model where `spec` names images."""
-    if spec.startswith("timm:") or _is_image_folder(Path(spec).expanduser()):
-        return {**image_settings, **args}
-    return dict(args)
+    if not (spec.startswith("timm:") or _is_image_folder(Path(spec).expanduser())):
+        return dict(args)
+    if args.get("channels", image_settings.get("channels")) != image_settings.get("channels"):
+        image_settings = {key: value for key, value in image_settings.items() if key not in ("mean", "std")}
+    return {**image_settings, **args}
 
 
 def held_out(examples: int, held: int, *, seed: int, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -113,24 +116,14 @@ def _labels(spec: str, train: Split | Stream) -> Tensor:
 # ------------------------------------------------------------------------------------------ reading specs
 
 
-@dataclass(frozen=True)
-class _Raw:
-    """A data set as its maker gives it: examples, not yet read."""
-
-    dataset: Any
-    to_batch: ToBatch
-    is_iterable: bool = False
-    labels: Tensor | None = None
-
-
-def _read(spec: str, args: Mapping[str, Any]) -> dict[str, Split | _Raw]:
+def _read(spec: str, args: Mapping[str, Any]) -> dict[str, Split | Source]:
     path = Path(spec).expanduser()
     if spec.startswith("timm:"):
-        return _raw_images(spec, images.timm_datasets(spec.removeprefix("timm:"), args))
+        return _sources(spec, images.timm_datasets(spec.removeprefix("timm:"), args))
     if is_code(spec) and not path.exists():
         return _from_factory(spec, args)
     if _is_image_folder(path):
-        return _raw_images(spec, images.folder(path, args))
+        return _sources(spec, images.folder(path, args))
     if args:
         raise TicketfindError(f"data.args: expected none for {spec!r}, found {', '.join(args)}")
     if spec == "digits":
@@ -151,11 +144,11 @@ def _is_image_folder(path: Path) -> bool:
     return path.is_dir() and any(child.is_dir() and not child.name.startswith(".") for child in path.iterdir())
 
 
-def _raw_images(spec: str, datasets: Mapping[str, Any]) -> dict[str, Split | _Raw]:
-    return {part: _from_dataset(dataset, f"data {spec}: {part}") for part, dataset in datasets.items()}
+def _sources(spec: str, datasets: Mapping[str, Any]) -> dict[str, Split | Source]:
+    return {part: source_of(dataset, f"data {spec}: {part}") for part, dataset in datasets.items()}
 
 
-def _from_factory(spec: str, args: Mapping[str, Any]) -> dict[str, Split | _Raw]:
+def _from_factory(spec: str, args: Mapping[str, Any]) -> dict[str, Split | Source]:
     factory = load_object(spec, "data")
     try:
         made = factory(**args) if callable(factory) else factory
@@ -170,165 +163,122 @@ def _from_factory(spec: str, args: Mapping[str, Any]) -> dict[str, Split | _Raw]
     return {name: _given(part, f"data {spec}: {name}") for name, part in zip(names, made, strict=True)}
 
 
-def _given(part: Any, what: str) -> Split | _Raw:
+def _given(part: Any, what: str) -> Split | Source:
     """A pair or dict of arrays is whole; anything else is a data set of examples."""
-    if isinstance(part, (tuple, list)) and len(part) == 2 and all(hasattr(side, "shape") for side in part):
+    is_pair = isinstance(part, (tuple, list)) and len(part) == 2 and all(hasattr(side, "shape") for side in part)
+    if is_pair or isinstance(part, Mapping):
         return Split(*as_batch(part, what))
-    if isinstance(part, Mapping):
-        return Split(*as_batch(part, what))
-    return _from_dataset(part, what)
-
-
-def _from_dataset(dataset: Any, what: str) -> _Raw:
-    to_batch: ToBatch = functools.partial(collate, what=what)
-    if isinstance(dataset, DataLoader):  # its batches and their order are not used
-        if dataset.collate_fn is not default_collate:
-            to_batch = functools.partial(collate_by, collate_fn=dataset.collate_fn, what=what)
-        dataset = dataset.dataset
-    if isinstance(dataset, IterableDataset) or (hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")):
-        return _Raw(dataset, to_batch, is_iterable=True)
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-        raise TicketfindError(
-            f"{what}: expected a pair or dict of tensors, or a Dataset (map-style or iterable) of (input, target) or"
-            f" dict examples, found {type(dataset).__name__}"
-        )
-    if not len(dataset):
-        raise TicketfindError(f"{what}: expected examples, found none")
-    return _Raw(dataset, to_batch, labels=_known_labels(dataset))
-
-
-def _known_labels(dataset: Any) -> Tensor | None:
-    """Labels that a data set holds beside its examples, as torchvision's do."""
-    if isinstance(dataset, Subset):
-        labels = _known_labels(dataset.dataset)
-        return None if labels is None else labels[torch.as_tensor(dataset.indices)]
-    found = getattr(dataset, "targets", getattr(dataset, "labels", None))
-    try:
-        labels = torch.as_tensor(found)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    return labels.long() if labels.shape == (len(dataset),) and not labels.is_floating_point() else None
+    return source_of(part, what)
 
 
 # ---------------------------------------------------------------------------------- resident or streamed
 
 
 def _settled(
-    parts: Mapping[str, Split | _Raw], what: str, resident: bool | None, workers: int, memory: float
+    parts: Mapping[str, Split | Source], spec: str, resident: bool | None, workers: int, memory: float
 ) -> dict[str, Examples]:
-    raw = {part: found for part, found in parts.items() if isinstance(found, _Raw)}
-    if not raw:
-        if resident is False:
-            raise TicketfindError(f"data.resident: expected null or true, as {what} is tensors already, found false")
-        return {part: found for part, found in parts.items() if isinstance(found, Split)}
-    lists = {part: _listed(found, what, resident, memory) for part, found in raw.items() if found.is_iterable}
-    if resident is None:
-        fits = all(examples is not None for examples in lists.values()) and _fits(raw, memory)
-        resident = fits and not any(_is_random(found) for found in raw.values() if not found.is_iterable)
-    settled: dict[str, Examples] = {}
-    for part, found in parts.items():
-        if isinstance(found, Split):
-            settled[part] = found
-        elif resident:
-            settled[part] = Split(*found.to_batch(_all(found, lists.get(part), f"{what}: {part}")))
-        elif found.is_iterable:
-            settled[part] = _flow(found, lists[part], f"{what}: {part}")
-        else:
-            indices = torch.arange(len(found.dataset))
-            settled[part] = Stream(found.dataset, found.to_batch, indices, workers, found.labels)
-    return settled
+    sources = [part for part in parts.values() if isinstance(part, Source)]
+    if resident is False and not sources:
+        raise TicketfindError(f"data.resident: expected null or true, as data {spec} is tensors already, found false")
+    lists = None if resident is False else _listed(sources, math.inf if resident else memory)
+    if lists is None or (resident is None and any(_is_random(source) for source in sources)):
+        return {part: found if isinstance(found, Split) else _streamed(found, workers) for part, found in parts.items()}
+    return {
+        part: found if isinstance(found, Split) else _in_memory(found, lists.get(found.what))
+        for part, found in parts.items()
+    }
 
 
-def _all(raw: _Raw, examples: list[Any] | None, what: str) -> list[Any]:
-    return examples if examples is not None else [_example(raw, index, what) for index in range(len(raw.dataset))]
-
-
-def _example(raw: _Raw, index: int, what: str) -> Any:
-    try:
-        return raw.dataset[index]
-    except TicketfindError:
-        raise
-    except Exception as error:
-        raise TicketfindError(f"{what}: example {index} cannot be read: {one_line(error)}") from error
-
-
-def _listed(raw: _Raw, what: str, resident: bool | None, memory: float) -> list[Any] | None:
-    """The examples of an iterable data set; None where they are not to be, or do not fit, in memory."""
-    if resident is False:
-        return None
-    examples: list[Any] = []
-    with seeded(0):
-        for example in _iterated(raw, what):
-            if not examples:
-                each = _size(raw.to_batch([example]))
-            examples.append(example)
-            if resident is None and len(examples) * each > memory:
-                return None
-    if not examples:
-        raise TicketfindError(f"{what}: expected examples, found none")
-    return examples
-
-
-def _iterated(raw: _Raw, what: str) -> Iterator[Any]:
-    try:
-        yield from raw.dataset
-    except TicketfindError:
-        raise
-    except Exception as error:
-        raise TicketfindError(f"{what}: the data set cannot be read: {one_line(error)}") from error
-
-
-def _flow(raw: _Raw, examples: list[Any] | None, what: str) -> Flow:
-    """Its length is counted where the data set does not tell it."""
-    try:
-        length = len(raw.dataset)
-    except TypeError:
-        length = len(examples) if examples is not None else sum(1 for _ in _iterated(raw, what))
-    if not length:
-        raise TicketfindError(f"{what}: expected examples, found none")
-    return Flow(raw.dataset, raw.to_batch, length)
+def _listed(sources: Sequence[Source], memory: float) -> dict[str, list[Any]] | None:
+    """The examples of iterable data sets, by what they are; None where all examples take more than `memory` bytes."""
+    left = memory - sum(len(s.dataset) * _size(s.read([0])) for s in sources if not s.is_iterable)
+    lists: dict[str, list[Any]] = {}
+    for source in sources:
+        if left >= 0 and source.is_iterable:
+            examples, each = lists.setdefault(source.what, []), 0
+            for example in source.one_pass(0):
+                each = each or _size(source.batch([example], [0]))
+                examples.append(example)
+                left -= each
+                if left < 0:
+                    break
+    return lists if left >= 0 else None
 
 
 def _size(batch: Batch) -> int:
     return sum(t.numel() * t.element_size() for t in (*tensors_of(batch[0]), batch[1]))
 
 
-def _fits(raw: Mapping[str, _Raw], memory: float) -> bool:
-    maps = {part: found for part, found in raw.items() if not found.is_iterable}
-    return sum(len(r.dataset) * _size(r.to_batch([_example(r, 0, part)])) for part, r in maps.items()) <= memory
-
-
-def _is_random(raw: _Raw) -> bool:
+def _is_random(source: Source) -> bool:
     """True if reading an example again gives another one: in memory it would be drawn once and for all."""
+    if source.is_iterable:
+        return False
 
-    def read(seed: int) -> Batch:
+    def read(seed: int) -> list[Tensor]:
         with seeded(seed):
-            return raw.to_batch([_example(raw, index, "data") for index in range(min(16, len(raw.dataset)))])
+            inputs, targets = source.read(range(min(16, len(source.dataset))))
+        return [*tensors_of(inputs), targets]
 
-    (inputs, targets), (others, other_targets) = read(0), read(1)
-    pairs = [*zip(tensors_of(inputs), tensors_of(others), strict=True), (targets, other_targets)]
-    return not all(torch.equal(a, b) for a, b in pairs)
+    return not all(_same(a, b) for a, b in zip(read(0), read(1), strict=True))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # NaN is as random as any number
+
+
+def _in_memory(source: Source, examples: list[Any] | None) -> Split:
+    if examples is None:
+        return Split(*source.read(range(len(source.dataset))))
+    return Split(*source.batch(examples, range(len(examples))))
+
+
+def _streamed(source: Source, workers: int) -> Stream | Flow:
+    if not source.is_iterable:
+        return Stream(source, torch.arange(len(source.dataset)), workers, source.known_labels())
+    if hasattr(source.dataset, "__next__"):
+        raise TicketfindError(
+            f"{source.what}: expected a data set that can be read more than once, as it is not read into memory,"
+            f" found a {type(source.dataset).__name__}; an IterableDataset can"
+        )
+    return Flow(source, _length(source))
+
+
+def _length(source: Source) -> int:
+    """What an iterable data set says, or else is counted."""
+    try:
+        said = len(source.dataset)
+    except TypeError:
+        said = 0
+    return said or sum(1 for _ in source.one_pass(0))
 
 
 # ------------------------------------------------------------------------------------------------ checks
 
 
 def _check(what: str, examples: Examples, train: Examples) -> None:
-    inputs, targets = (examples.inputs, examples.targets) if isinstance(examples, Split) else next(examples.chunks(2))
+    inputs, targets = _seen(examples)
     for found in tensors_of(inputs):
         if len(found) != len(targets):
             raise TicketfindError(f"{what}: expected as many inputs as targets, found {len(found)} and {len(targets)}")
     if not len(examples):
         raise TicketfindError(f"{what}: expected examples, found none")
-    first = train.inputs if isinstance(train, Split) else next(train.chunks(2))[0]
-    if _shape(inputs) != _shape(first):
-        raise TicketfindError(f"{what}: expected inputs {_shape(first)} as in train, found them {_shape(inputs)}")
+    expected = _shape(_seen(train)[0])
+    if _shape(inputs) != expected:
+        raise TicketfindError(f"{what}: expected inputs {expected} as in train, found them {_shape(inputs)}")
     map_inputs(lambda t: _check_finite(what, t), inputs)
-    if not targets.is_floating_point() and bool(((targets < 0) & (targets != IGNORED)).any()):
-        lowest = int(targets[targets != IGNORED].min())
+    if targets.is_floating_point():
+        return
+    labels = targets[targets != IGNORED]
+    if bool((labels < 0).any()):
+        lowest = int(labels.min())
         raise TicketfindError(f"{what}: expected labels from 0 (or {IGNORED} for what does not count), found {lowest}")
-    if not targets.is_floating_point() and not bool((targets != IGNORED).any()):
+    if isinstance(examples, Split) and not len(labels):
         raise TicketfindError(f"{what}: expected labels, found nothing but {IGNORED}, which does not count")
+
+
+def _seen(examples: Examples) -> Batch:
+    """All examples in memory; of those that are not, two."""
+    return (examples.inputs, examples.targets) if isinstance(examples, Split) else examples.first(2)
 
 
 def _shape(inputs: Inputs) -> str:
@@ -347,8 +297,13 @@ def _check_finite(what: str, inputs: Tensor) -> Tensor:
 
 
 def _check_images(spec: str, train: Examples) -> None:
-    inputs, _ = next(train.chunks(1))
+    inputs, targets = train.first(1)
     if not isinstance(inputs, Tensor) or inputs.ndim != 4:
         raise TicketfindError(
             f"data.augment: expected images [channels, height, width] in {spec}, found inputs {_shape(inputs)}"
+        )
+    if targets.ndim > 2:
+        raise TicketfindError(
+            f"data.augment: expected one target an image in {spec}, as targets do not move with it,"
+            f" found targets {_shape(targets)}"
         )

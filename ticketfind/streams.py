@@ -1,0 +1,217 @@
+"""Examples that are read as they are needed. The batches do not depend on how many processes read them.
+
+Legend: n examples.
+"""
+
+import itertools
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ticketfind import TicketfindError
+from ticketfind.batches import Batch, Order, chunk_size, derived_seed, map_inputs, seed_all, seeded
+from ticketfind.examples import Source
+from ticketfind.specs import one_line
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Examples of a map-style data set, read as they are needed."""
+
+    source: Source
+    indices: Tensor
+    """int64 [n]: which of the data set's examples these are."""
+    workers: int
+    """Processes that read."""
+    labels: Tensor | None = None
+    """int64 [n], where they are known."""
+    device: torch.device = CPU
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def classes(self) -> int | None:
+        """The highest label + 1, where labels are known."""
+        return None if self.labels is None else int(self.labels.max()) + 1
+
+    def part(self, places: Tensor) -> "Stream":
+        """The examples at `places` of this one."""
+        return replace(self, indices=self.indices[places], labels=None if self.labels is None else self.labels[places])
+
+    def to(self, device: torch.device) -> "Stream":
+        """This stream with its batches on `device`."""
+        return replace(self, device=device)
+
+    def select(self, names: Sequence[str]) -> "Stream":
+        """This stream with these of its named inputs only."""
+        return replace(self, source=self.source.select(names))
+
+    def batches(self, order: Order) -> Iterator[Batch]:
+        """The batches of a training; what the data set draws at random follows from seed and iteration."""
+        rows = itertools.chain.from_iterable(order.indices(len(self)))
+        seeds = (derived_seed(order.seed, "read", iteration) for iteration in itertools.count(order.first))
+        return self._read((seed, self.indices[row]) for seed, row in zip(seeds, rows, strict=False))
+
+    def first(self, size: int) -> Batch:
+        """The first `size` examples, or as many as there are; read by this process."""
+        with seeded(0):
+            return _on(self.device, self.source.read(self.indices[:size].tolist()))
+
+    def chunks(self, size: int) -> Iterator[Batch]:
+        """Every example once, in order."""
+        return self._read(enumerate(torch.split(self.indices, chunk_size(size, self.first(1)[0]))))
+
+    def _read(self, seeds_and_indices: Iterator[tuple[int, Tensor]]) -> Iterator[Batch]:
+        keys = ([seed, *indices.tolist()] for seed, indices in seeds_and_indices)
+        # a generator is an iterable of batches' indices, which is all that the loader asks of a batch sampler
+        return _load(_Reader(self.source), self.workers, self.device, batch_sampler=keys)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Examples of an iterable data set, in the order in which it gives them, read by one process of its own."""
+
+    source: Source
+    length: int
+    """Examples in a pass, which is an epoch."""
+    classes: int | None = None
+    device: torch.device = CPU
+
+    def __len__(self) -> int:
+        return self.length
+
+    def to(self, device: torch.device) -> "Flow":
+        """This flow with its batches on `device`."""
+        return replace(self, device=device)
+
+    def select(self, names: Sequence[str]) -> "Flow":
+        """This flow with these of its named inputs only."""
+        return replace(self, source=self.source.select(names))
+
+    def batches(self, order: Order) -> Iterator[Batch]:
+        """The batches of a training; those before its first are read and passed over."""
+        return _load(_FlowReader(self.source, order.batch_size, order), 1, self.device, batch_size=None)
+
+    def first(self, size: int) -> Batch:
+        """The first `size` examples, or as many as there are; read by this process."""
+        with seeded(0):
+            return _on(self.device, next(_FlowReader(self.source, size, None).batches()))
+
+    def chunks(self, size: int) -> Iterator[Batch]:
+        """Every example once, in order."""
+        return _load(_FlowReader(self.source, size, None), 1, self.device, batch_size=None)
+
+
+# ------------------------------------------------------------------------------------ in a reading process
+
+
+class _Reader(Dataset[Any]):
+    """Whole batches from a map-style data set; the first index of each is its seed."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __getitem__(self, index: int) -> Any:
+        raise NotImplementedError  # the loader calls the method below
+
+    def __getitems__(self, key: list[int]) -> "Batch | TicketfindError":
+        seed, *indices = key
+        try:
+            with seeded(seed):
+                return self._source.read(indices)
+        except TicketfindError as error:
+            return error  # raised here, it would arrive with a traceback in its text
+
+
+class _FlowReader(IterableDataset[Any]):
+    """Batches from an iterable data set: those of one pass, or those of an order over endless passes."""
+
+    def __init__(self, source: Source, batch_size: int, order: Order | None) -> None:
+        self._source, self._size, self._order = source, batch_size, order
+
+    def __iter__(self) -> Iterator["Batch | TicketfindError"]:
+        try:
+            yield from self.batches()
+        except TicketfindError as error:
+            yield error  # raised here, it would arrive with a traceback in its text
+
+    def batches(self) -> Iterator[Batch]:
+        """Changes the state of torch's, numpy's and Python's generators."""
+        order = self._order or Order(0, self._size, 0, sys.maxsize)
+        epochs = range(1) if self._order is None else itertools.count()
+        examples = itertools.chain.from_iterable(self._one_pass(epoch, order.seed) for epoch in epochs)
+        grouped = iter(lambda: list(itertools.islice(examples, self._size)), [])
+        for iteration, group in itertools.islice(enumerate(grouped), order.first, order.stop):
+            with seeded(derived_seed(order.seed, "batch", iteration)):  # not the state that passed over batches left
+                batch = self._source.batch([example for _, example in group], [place for place, _ in group])
+            yield batch
+
+    def _one_pass(self, epoch: int, seed: int) -> Iterator[tuple[int, Any]]:
+        seed_all(derived_seed(seed, "read", epoch))
+        yield from enumerate(self._source.one_pass(epoch))
+
+
+# ---------------------------------------------------------------------------------- in the training process
+
+
+def _load(dataset: Any, workers: int, device: torch.device, **how: Any) -> Iterator[Batch]:
+    """Batches from a data set of them, read ahead by `workers` processes, which end when the iterator is closed."""
+    if workers:
+        how |= {"prefetch_factor": 4, "worker_init_fn": _ignore_interrupts}
+        how |= {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}  # a user's file is no module
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads; the workers use one
+        warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores: as asked
+        batches = iter(
+            DataLoader(
+                dataset,
+                num_workers=workers,
+                collate_fn=_as_it_is,
+                pin_memory=device.type == "cuda",
+                generator=torch.Generator(),  # not the default one, from which it would draw
+                **how,
+            )
+        )
+    try:
+        while True:
+            batch = _next(batches)
+            if batch is None:
+                return
+            yield _on(device, batch)
+    finally:
+        del batches  # its processes end with it, and a traceback may keep this frame
+
+
+def _next(batches: Iterator[Any]) -> Batch | None:
+    try:
+        batch = next(batches, None)
+    except RuntimeError as error:
+        raise TicketfindError(
+            f"data: a process that reads examples ended; --set data.workers=0 reads without: {one_line(error)}"
+        ) from error
+    if isinstance(batch, TicketfindError):
+        raise batch
+    return batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the training process too, which ends this one
+
+
+def _on(device: torch.device, batch: Batch) -> Batch:
+    inputs, targets = batch
+    return map_inputs(lambda t: t.to(device, non_blocking=True), inputs), targets.to(device, non_blocking=True)
