@@ -422,7 +422,7 @@ def test_a_data_set_is_read_in_order(factories):
         ("ragged", "train: input: expected examples of one shape, found (2,) at 1, and (1,) at 0; a DataLoader"),
         ("words", "train: input 0: expected numbers, found str: TypeError"),
         ("alone", "train: expected (input, target) or dict examples, found Tensor at 0"),
-        ("broken", "train: expected (input, target) or dict examples, found float at 0"),
+        ("broken", "train: example 2 cannot be read: ZeroDivisionError"),
         ("empty", "train: expected examples, found none"),
         ("other_shape", "test: expected inputs of shape (2,) as in train, found them of shape (3,)"),
         ("nothing", "has no 'nothing'"),

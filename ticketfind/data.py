@@ -1,7 +1,9 @@
 """Specs of data -> training, validation and test examples, checked, and resident or read as they are needed."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from ticketfind import TicketfindError, formats, images
 from ticketfind.batches import Batch, Data, Examples, Split, map_inputs, seeded, tensors_of
-from ticketfind.examples import Source, as_batch, source_of
+from ticketfind.examples import Source, as_batch, labels_beside, source_of
 from ticketfind.outputs import IGNORED, Inputs
 from ticketfind.specs import is_code, load_object, one_line, suggest
 from ticketfind.streams import Flow, Stream
@@ -180,50 +182,63 @@ def _settled(
     sources = [part for part in parts.values() if isinstance(part, Source)]
     if resident is False and not sources:
         raise TicketfindError(f"data.resident: expected null or true, as data {spec} is tensors already, found false")
-    lists = None if resident is False else _listed(sources, math.inf if resident else memory)
-    if lists is None or (resident is None and any(_is_random(source) for source in sources)):
-        return {part: found if isinstance(found, Split) else _streamed(found, workers) for part, found in parts.items()}
-    return {
-        part: found if isinstance(found, Split) else _in_memory(found, lists.get(found.what))
-        for part, found in parts.items()
-    }
+    probes = {source.what: _probe(source, workers) for source in sources if not source.is_iterable}
+    room = math.inf if resident else memory - sum(probe.bytes for probe in probes.values())
+    fits = resident is not False and room >= 0 and (resident or not any(probe.is_random for probe in probes.values()))
+    lists = _listed([source for source in sources if source.is_iterable], room) if fits else None
+
+    def settled(part: Split | Source) -> Examples:
+        if isinstance(part, Split):
+            return part
+        if lists is not None:
+            return _in_memory(part, lists.get(part.what))
+        return _flow(part) if part.is_iterable else probes[part.what].stream
+
+    return {name: settled(part) for name, part in parts.items()}
 
 
-def _listed(sources: Sequence[Source], memory: float) -> dict[str, list[Any]] | None:
-    """The examples of iterable data sets, by what they are; None where all examples take more than `memory` bytes."""
-    left = memory - sum(len(s.dataset) * _size(s.read([0])) for s in sources if not s.is_iterable)
-    lists: dict[str, list[Any]] = {}
-    for source in sources:
-        if left >= 0 and source.is_iterable:
-            examples, each = lists.setdefault(source.what, []), 0
-            for example in source.one_pass(0):
-                each = each or _size(source.batch([example], [0]))
-                examples.append(example)
-                left -= each
-                if left < 0:
-                    break
-    return lists if left >= 0 else None
+@dataclass(frozen=True)
+class _Probe:
+    """What the first examples of a map-style data set tell."""
+
+    stream: Stream
+    bytes: float
+    """That all examples take."""
+    is_random: bool
+    """Reading an example again gives another one: in memory it would be drawn once and for all."""
+
+
+def _probe(source: Source, workers: int) -> _Probe:
+    count = len(source.dataset)
+    stream = Stream(source, torch.arange(count), workers)
+    first, second = stream.first_twice(16)
+    labels, targets = labels_beside(source.dataset), first[1]
+    if labels is not None and torch.equal(labels[: len(targets)], targets):  # else they are something else
+        stream = dataclasses.replace(stream, labels=labels)
+    pairs = zip((*tensors_of(first[0]), targets), (*tensors_of(second[0]), second[1]), strict=True)
+    return _Probe(stream, count * _size(first) / len(targets), not all(_same(a, b) for a, b in pairs))
 
 
 def _size(batch: Batch) -> int:
     return sum(t.numel() * t.element_size() for t in (*tensors_of(batch[0]), batch[1]))
 
 
-def _is_random(source: Source) -> bool:
-    """True if reading an example again gives another one: in memory it would be drawn once and for all."""
-    if source.is_iterable:
-        return False
-
-    def read(seed: int) -> list[Tensor]:
-        with seeded(seed):
-            inputs, targets = source.read(range(min(16, len(source.dataset))))
-        return [*tensors_of(inputs), targets]
-
-    return not all(_same(a, b) for a, b in zip(read(0), read(1), strict=True))
-
-
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # NaN is as random as any number
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # NaN is no more random than 0
+
+
+def _listed(sources: Sequence[Source], room: float) -> dict[str, list[Any]] | None:
+    """The examples of iterable data sets, by what they are; None where they take more than `room` bytes."""
+    lists: dict[str, list[Any]] = {}
+    for source in sources:
+        examples, each = lists.setdefault(source.what, []), 0
+        for example in source.one_pass(0):
+            each = each or _size(source.batch([example], [0]))
+            examples.append(example)
+            room -= each
+            if room < 0:
+                return None
+    return lists
 
 
 def _in_memory(source: Source, examples: list[Any] | None) -> Split:
@@ -232,9 +247,7 @@ def _in_memory(source: Source, examples: list[Any] | None) -> Split:
     return Split(*source.batch(examples, range(len(examples))))
 
 
-def _streamed(source: Source, workers: int) -> Stream | Flow:
-    if not source.is_iterable:
-        return Stream(source, torch.arange(len(source.dataset)), workers, source.known_labels())
+def _flow(source: Source) -> Flow:
     if hasattr(source.dataset, "__next__"):
         raise TicketfindError(
             f"{source.what}: expected a data set that can be read more than once, as it is not read into memory,"

@@ -73,17 +73,6 @@ class Source:
         """This data set with these of its named inputs only."""
         return replace(self, names=tuple(names))
 
-    def known_labels(self, check: int = 16) -> Tensor | None:
-        """Labels int64 [n] that a map-style data set holds beside its examples, as torchvision's do.
-
-        None where it holds none, or not those that the first examples have, of which `check` are read.
-        """
-        labels = _labels_beside(self.dataset)
-        if labels is None:
-            return None
-        _, targets = self.read(range(min(check, len(labels))))
-        return labels if torch.equal(labels[: len(targets)], targets) else None
-
 
 def source_of(dataset: Any, what: str) -> Source:
     """Where the examples of a map-style or iterable data set, or of a DataLoader's, come from."""
@@ -108,9 +97,10 @@ def source_of(dataset: Any, what: str) -> Source:
     return Source(dataset, what, collate_fn=collate_fn)
 
 
-def _labels_beside(dataset: Any) -> Tensor | None:
+def labels_beside(dataset: Any) -> Tensor | None:
+    """Labels int64 [n] that a map-style data set holds beside its examples, as torchvision's do; None: none found."""
     if isinstance(dataset, Subset):
-        labels = _labels_beside(dataset.dataset)
+        labels = labels_beside(dataset.dataset)
         return None if labels is None else labels[torch.as_tensor(dataset.indices)]
     columns = getattr(dataset, "column_names", None) or ()  # as the data sets of Hugging Face have them
     key = next((key for key in TARGET_KEYS if key in columns), None)

@@ -3,11 +3,12 @@
 Legend: n examples.
 """
 
+import functools
 import itertools
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ticketfind import TicketfindError
 from ticketfind.batches import Batch, Order, chunk_size, derived_seed, map_inputs, seed_all, seeded
 from ticketfind.examples import Source
+from ticketfind.outputs import Inputs
 from ticketfind.specs import one_line
 
 CPU = torch.device("cpu")
@@ -63,18 +65,29 @@ class Stream:
         return self._read((seed, self.indices[row]) for seed, row in zip(seeds, rows, strict=False))
 
     def first(self, size: int) -> Batch:
-        """The first `size` examples, or as many as there are; read by this process."""
-        with seeded(0):
-            return _on(self.device, self.source.read(self.indices[:size].tolist()))
+        """The first `size` examples, or as many as there are."""
+        return next(self._read([(0, self.indices[:size])], workers=1))
+
+    def first_twice(self, size: int) -> tuple[Batch, Batch]:
+        """The first `size` examples, drawn with two seeds: they differ where the data set draws at random."""
+        first, second = self._read([(seed, self.indices[:size]) for seed in (0, 1)], workers=1)
+        return first, second
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """Every example once, in order."""
-        return self._read(enumerate(torch.split(self.indices, chunk_size(size, self.first(1)[0]))))
+        return self._read(enumerate(torch.split(self.indices, chunk_size(size, self._example))))
 
-    def _read(self, seeds_and_indices: Iterator[tuple[int, Tensor]]) -> Iterator[Batch]:
+    @functools.cached_property
+    def _example(self) -> Inputs:
+        return self.first(1)[0]
+
+    def _read(self, seeds_and_indices: Iterable[tuple[int, Tensor]], workers: int | None = None) -> Iterator[Batch]:
+        """workers: fewer than are usual. Where there are any, this process reads nothing itself: a file that the data
+        set opens when it is first read would be shared by all of them."""
         keys = ([seed, *indices.tolist()] for seed, indices in seeds_and_indices)
+        count = self.workers if workers is None else min(workers, self.workers)
         # a generator is an iterable of batches' indices, which is all that the loader asks of a batch sampler
-        return _load(_Reader(self.source), self.workers, self.device, batch_sampler=keys)
+        return _load(_Reader(self.source), count, self.device, batch_sampler=keys)
 
 
 @dataclass(frozen=True)
@@ -103,9 +116,8 @@ class Flow:
         return _load(_FlowReader(self.source, order.batch_size, order), 1, self.device, batch_size=None)
 
     def first(self, size: int) -> Batch:
-        """The first `size` examples, or as many as there are; read by this process."""
-        with seeded(0):
-            return _on(self.device, next(_FlowReader(self.source, size, None).batches()))
+        """The first `size` examples, or as many as there are."""
+        return next(self.chunks(size))
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """Every example once, in order."""
