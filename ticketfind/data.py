@@ -57,6 +57,7 @@ def load(
     train = splits["train"]
     share = 0.1 if validation is None else validation
     held = round(share * len(train)) if isinstance(share, float) else share
+    held = max(1, held) if validation is None else held
     if not 0 < held < len(train):
         raise TicketfindError(
             f"data.validation: expected between 1 and {len(train) - 1} of the {len(train)} training examples of {spec},"

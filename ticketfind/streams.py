@@ -184,7 +184,7 @@ def _load(dataset: Any, workers: int, device: torch.device, **how: Any) -> Itera
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads; the workers use one
         warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores: as asked
-        batches = iter(
+        batches: Any = iter(
             DataLoader(
                 dataset,
                 num_workers=workers,
@@ -195,13 +195,11 @@ def _load(dataset: Any, workers: int, device: torch.device, **how: Any) -> Itera
             )
         )
     try:
-        while True:
-            batch = _next(batches)
-            if batch is None:
-                return
+        while (batch := _next(batches)) is not None:
             yield _on(device, batch)
     finally:
-        del batches  # its processes end with it, and a traceback may keep this frame
+        if workers:
+            batches._shutdown_workers()  # left to the garbage collector, it may happen in another process after a fork
 
 
 def _next(batches: Iterator[Any]) -> Batch | None:
