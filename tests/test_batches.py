@@ -1,0 +1,101 @@
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ticketfind.batches import Data, Order, Split, chunk_size, derived_seed, seeded
+
+
+def rows(order, examples):
+    return torch.cat([*order.indices(examples), torch.zeros(0, order.batch_size, dtype=torch.int64)])
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    examples=st.integers(20, 70),
+    batch_size=st.integers(1, 30),
+    first=st.sampled_from([0, 1, 255, 256, 257, 300]),  # orders are drawn in blocks of 256 iterations
+    count=st.integers(0, 300),
+    seed=st.integers(0, 9),
+)
+def test_an_order_is_the_tail_of_the_one_from_the_start(examples, batch_size, first, count, seed):
+    whole = rows(Order(seed, batch_size, 0, first + count), examples)
+    assert torch.equal(rows(Order(seed, batch_size, first, first + count), examples), whole[first:])
+
+
+@settings(deadline=None)
+@given(examples=st.integers(1, 70), batch_size=st.integers(1, 70), seed=st.integers(0, 9))
+def test_every_epoch_holds_every_example_once(examples, batch_size, seed):
+    epochs = 4
+    sequence = rows(Order(seed, batch_size, 0, -(-epochs * examples // batch_size)), examples).flatten()
+    for epoch in sequence[: epochs * examples].view(epochs, examples):
+        assert torch.equal(epoch.sort().values, torch.arange(examples))
+
+
+def test_orders_of_seeds_and_epochs_differ():
+    first, second = (rows(Order(seed, 50, 0, 2), 50) for seed in (0, 1))
+    assert not torch.equal(first, second)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_draws_belong_to_the_same_iterations_whatever_the_start():
+    order = Order(4, 30, 0, 600)
+    whole = torch.cat(list(order.draws(70, 3)))
+    assert whole.shape == (600, 30, 3)
+    tail = torch.cat(list(dataclasses.replace(order, first=257).draws(70, 3)))
+    assert torch.equal(tail, whole[257:])
+
+
+def test_seeds_of_purposes_are_unrelated_and_fit_every_generator():
+    made = {derived_seed(seed, purpose, n) for seed in range(5) for purpose in ("order", "read") for n in range(5)}
+    assert len(made) == 50
+    assert all(0 <= seed < 2**63 for seed in made)
+
+
+def test_chunks_are_every_example_in_order():
+    split = Split({"a": torch.arange(100.0).view(50, 2), "b": torch.arange(50)}, torch.arange(50))
+    for size in (1, 3, 49, 50, 51):
+        chunks = list(split.chunks(size))
+        assert torch.equal(torch.cat([targets for _, targets in chunks]), split.targets)
+        assert torch.equal(torch.cat([inputs["a"] for inputs, _ in chunks]), split.inputs["a"])
+    assert [len(targets) for _, targets in split.chunks(2)] == [32, 18]
+    assert (chunk_size(4, torch.zeros(1, 2**20)), chunk_size(4, torch.zeros(1, 2**17))) == (4, 8)
+
+
+def test_only_the_inputs_asked_for():
+    split = Split({"a": torch.zeros(5, 2), "b": torch.ones(5)}, torch.arange(5))
+    found = Data(split, split, split).select(["b"])
+    assert found.example(3)[0].keys() == {"b"}
+    assert (found.resident_bytes, Data(split, split, split).resident_bytes) == (3 * 60, 3 * 100)
+    plain = Data(*[Split(torch.zeros(5, 2), torch.arange(5))] * 3)
+    assert plain.select(["x"]).example(9)[0].shape == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("targets", "outputs"),
+    [(torch.tensor([0, 4, 1]), 5), (torch.zeros(3, 7), 7), (torch.zeros(3), 1), (torch.zeros(3, 2, 2), None)],
+)
+def test_outputs_follow_from_the_targets(targets, outputs):
+    assert Data(*[Split(torch.zeros(3, 2), targets)] * 3).outputs == outputs
+
+
+def test_seeded_leaves_no_trace():
+    import random
+
+    import numpy
+
+    def state():
+        return torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist()
+
+    def drawn():
+        return torch.rand(()).item(), random.random(), numpy.random.rand()
+
+    before = state()
+    with seeded(3):
+        first = drawn()
+    with pytest.raises(KeyError), seeded(3):
+        assert drawn() == first
+        raise KeyError
+    assert state() == before
