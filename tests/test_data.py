@@ -1,4 +1,5 @@
 import gzip
+import random
 import struct
 import sys
 from pathlib import Path
@@ -6,9 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from ticketfind import TicketfindError, data, formats
+from ticketfind.engine import Lane
+from ticketfind.layers import from_layers
+from ticketfind.outputs import accuracy, cross_entropy
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -438,3 +444,240 @@ def test_factories_that_return_something_else(factories, name, message):
 def test_arguments_that_the_factory_does_not_take(factories):
     with pytest.raises(TicketfindError, match=r"the factory failed: TypeError: .*unexpected keyword argument 'm'"):
         load(f"{factories}:tensors", {"m": 3})
+
+
+def test_what_a_factory_draws_does_not_depend_on_what_was_drawn_before(factories):
+    before = torch.get_rng_state()
+    first = load(f"{factories}:tensors")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    assert torch.equal(load(f"{factories}:tensors").test.inputs, first.test.inputs)
+    torch.set_rng_state(before)
+
+
+# ---------------------------------------------------------------------------------- resident or streamed
+
+SETS = """
+import random, torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+class Map(Dataset):  # 40 bytes an example
+    def __init__(self, n, change=None): self.n, self.change, self.targets = n, change, [i % 3 for i in range(n)]
+    def __len__(self): return self.n
+    def __getitem__(self, i):
+        x = torch.full((8,), float(i))
+        return (self.change(x, i) if self.change else x), i % 3
+
+class Flow(IterableDataset):
+    def __init__(self, n): self.n = n
+    def __iter__(self): return (Map(self.n)[i] for i in range(self.n))
+
+class Sized(Flow):
+    def __len__(self): return self.n
+
+def maps(n=100): return Map(n), Map(20), Map(20)
+def two(n=100): return Map(n), Map(20)
+def noise(x, i): return x + torch.rand(())
+def noisy(): return Map(100, noise), Map(20), Map(20)
+def noisy_test(): return Map(100), Map(20), Map(20, lambda x, i: x + random.random())
+def nan(x, i): return x / 0 * 0 if i == 7 else x
+def nans(): return Map(100, nan), Map(20), Map(20)
+def flows(): return Flow(100), Sized(20), Flow(20)
+def two_flows(): return Flow(100), Flow(20)
+def mixed(): return Map(100), Flow(20), (torch.zeros(20, 8), torch.arange(20) % 3)
+def once(): return tuple((Map(n)[i] for i in range(n)) for n in (100, 20, 20))
+def empty(): return Flow(0), Flow(20)
+def subset(): return Subset(Map(100), range(0, 100, 2)), Map(20)
+def other_labels(): d = Map(100); d.targets = [9] * 100; return d, Map(20), Map(20)
+def first_ignored():
+    d = Map(100); return [(x, -100 if i < 5 else y) for i, (x, y) in enumerate(d[j] for j in range(100))], Map(20)
+def negative(): return [(torch.zeros(8), -1)] * 9, Map(20)
+def floats(): return [(torch.zeros(8), i / 2) for i in range(9)], Map(20)
+"""
+
+
+@pytest.fixture
+def sets(tmp_path):
+    (tmp_path / "sets.py").write_text(SETS)
+    return f"{tmp_path}/sets.py"
+
+
+def kinds(spec, **how):
+    found = data.load(spec, {}, validation=None, seed=0, **how)
+    return [type(part).__name__ for part in (found.train, found.validation, found.test)]
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "expected"),
+    [
+        ("maps", {}, ["Split"] * 3),
+        ("maps", {"memory": 140 * 40}, ["Split"] * 3),
+        ("maps", {"memory": 140 * 40 - 1}, ["Stream"] * 3),  # all three together
+        ("maps", {"memory": 0, "resident": True}, ["Split"] * 3),
+        ("maps", {"resident": False}, ["Stream"] * 3),
+        ("noisy", {}, ["Stream"] * 3),
+        ("noisy_test", {"workers": 1}, ["Stream"] * 3),
+        ("noisy", {"resident": True}, ["Split"] * 3),
+        ("flows", {}, ["Split"] * 3),
+        ("flows", {"memory": 140 * 40}, ["Split"] * 3),
+        ("flows", {"memory": 140 * 40 - 1}, ["Flow"] * 3),
+        ("flows", {"resident": False}, ["Flow"] * 3),
+        ("two_flows", {}, ["Split"] * 3),
+        ("mixed", {}, ["Split"] * 3),
+        ("mixed", {"memory": 120 * 40 - 1}, ["Stream", "Flow", "Split"]),
+        ("once", {}, ["Split"] * 3),
+    ],
+)
+def test_data_is_read_into_memory_where_it_fits_and_is_the_same_at_each_reading(sets, name, how, expected):
+    before = torch.get_rng_state(), random.getstate()
+    assert kinds(f"{sets}:{name}", **how) == expected
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+def test_what_is_read_into_memory_is_drawn_the_same_way_always(sets):
+    first, second = (
+        data.load(f"{sets}:noisy", {}, validation=None, seed=seed, resident=True).train.inputs for seed in (0, 1)
+    )
+    assert torch.equal(first, second)
+    assert len((first[:, 0] % 1).unique()) == 100
+
+
+def test_an_iterable_data_set_in_memory_can_be_divided(sets):
+    found = data.load(f"{sets}:two_flows", {}, validation=None, seed=0)
+    assert sorted(torch.cat([found.train.inputs, found.validation.inputs])[:, 0].tolist()) == list(range(100))
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "message"),
+    [
+        ("two_flows", {"resident": False}, "expected a validation split of its own, (train, validation, test), as no"),
+        ("once", {"memory": 100}, "train: expected a data set that can be read more than once, as it is not read into"
+         " memory, found a generator"),
+        ("empty", {}, "train: expected examples, found none"),
+        ("empty", {"resident": False}, "train: expected examples, found none"),
+        ("nans", {}, "train: expected finite inputs, found NaN or infinity in example 7"),
+        ("negative", {}, "train: expected labels from 0 (or -100 for what does not count), found -1"),
+        ("negative", {"resident": False}, "train: expected labels from 0 (or -100 for what does not count), found -1"),
+        ("floats", {"stratify": True}, "data.stratify: expected one class label an example in"),
+        ("floats", {"stratify": True, "resident": False}, "; a data set that is not resident shows them as .targets"),
+    ],
+)  # fmt: skip
+def test_data_sets_that_do_not_do(sets, name, how, message):
+    with pytest.raises(TicketfindError) as error:
+        data.load(f"{sets}:{name}", {}, validation=None, seed=0, **how)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_tensors_are_resident(factories):
+    with pytest.raises(TicketfindError, match=r"data\.resident: expected null or true, as data .* is tensors already"):
+        data.load(f"{factories}:tensors", {}, validation=None, seed=0, resident=False)
+
+
+def test_the_split_is_the_same_resident_and_streamed(sets):
+    for stratify in (False, True):
+        how = {"validation": 12, "seed": 5, "stratify": stratify}
+        resident, streamed = (data.load(f"{sets}:two", {}, resident=r, **how) for r in (True, False))
+        for part in ("train", "validation", "test"):
+            split, stream = getattr(resident, part), getattr(streamed, part)
+            assert torch.equal(stream.labels, split.targets)
+            assert torch.equal(torch.cat([inputs for inputs, _ in stream.chunks(7)]), split.inputs)
+
+
+def test_labels_beside_the_examples_are_believed_where_they_are_the_examples(sets):
+    assert data.load(f"{sets}:subset", {}, validation=5, seed=0, resident=False).classes == 3
+    assert data.load(f"{sets}:other_labels", {}, validation=None, seed=0, resident=False).classes is None
+    assert data.load(f"{sets}:other_labels", {}, validation=None, seed=0).classes == 3
+    assert data.load(f"{sets}:floats", {}, validation=None, seed=0).classes is None
+
+
+def test_the_first_examples_may_not_count(sets):
+    assert kinds(f"{sets}:first_ignored", resident=False) == ["Stream"] * 3
+
+
+# --------------------------------------------------------------------------------------- what is held out
+
+
+@settings(deadline=None)
+@given(labels=st.lists(st.integers(0, 5), min_size=2, max_size=80), held=st.integers(1, 79), seed=st.integers(0, 99))
+def test_a_stratified_split_gives_each_class_its_share(labels, held, seed):
+    labels, held = torch.tensor(labels), min(held, len(labels) - 1)
+    stays, goes = data.held_out(len(labels), held, seed=seed, labels=labels)
+    assert (len(stays), len(goes)) == (len(labels) - held, held)
+    assert torch.equal(torch.cat([stays, goes]).sort().values, torch.arange(len(labels)))
+    for label in labels.unique():
+        exact = held * (labels == label).sum() / len(labels)
+        assert abs((labels[goes] == label).sum() - exact) < 1
+    again = data.held_out(len(labels), held, seed=seed, labels=labels)
+    assert torch.equal(again[0], stays)
+    assert torch.equal(again[1], goes)
+
+
+@given(examples=st.integers(2, 80), held=st.integers(1, 79), seed=st.integers(0, 2**40))
+def test_a_plain_split_is_the_first_of_a_shuffle(examples, held, seed):
+    held = min(held, examples - 1)
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
+    stays, goes = data.held_out(examples, held, seed=seed)
+    assert torch.equal(goes, order[:held])
+    assert torch.equal(stays, order[held:])
+
+
+def test_a_stratified_split_of_files(tmp_path):
+    labels = np.repeat([0, 1, 2], [24, 12, 4])
+    path = npz(tmp_path, **arrays(y_train=labels))
+    found = data.load(str(path), {}, validation=10, seed=0, stratify=True)
+    assert found.validation.targets.bincount().tolist() == [6, 3, 1]
+    assert examples(found.validation) != sorted(examples(found.validation))
+    dense = npz(tmp_path, **arrays(y_train=np.zeros((40, 3), int), y_test=np.zeros((10, 3), int)))
+    with pytest.raises(
+        TicketfindError, match=r"data\.stratify: expected one class label an example in .*, found none$"
+    ):
+        data.load(str(dense), {}, validation=10, seed=0, stratify=True)
+
+
+def test_a_small_training_set_gives_at_least_one(tmp_path):
+    assert len(load(npz(tmp_path, **arrays(train=3))).validation) == 1
+
+
+# ---------------------------------------------------------------------------------- targets that do not count
+
+
+class Identity(torch.nn.Module):
+    """Gives its inputs back; with a weight, as training needs one."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x * self.w
+
+
+@pytest.mark.parametrize("layout", ["labels", "pixels", "tokens"])
+def test_ignored_targets_count_in_neither_loss_nor_metric(tmp_path, layout):
+    generator = torch.Generator().manual_seed(0)
+    shape = {"labels": (), "pixels": (4, 5), "tokens": (7,)}[layout]
+    scores = torch.randn(41, *shape, 3, generator=generator)  # classes last
+    targets = torch.randint(0, 3, (41, *shape), generator=generator)
+    targets[torch.rand(targets.shape, generator=generator) < 0.3] = -100
+    targets[0] = 1
+    inputs = scores.movedim(-1, 1) if layout == "pixels" else scores
+    path = npz(tmp_path, x_train=inputs, y_train=targets, x_test=inputs, y_test=targets)
+    found = load(path, validation=5)
+    assert found.classes == 3
+
+    counted = targets != -100
+    rows, labels = scores[counted], targets[counted]
+    losses, right = -rows.log_softmax(-1)[range(len(rows)), labels], rows.argmax(-1) == labels
+    expected = [losses.mean().item(), right.float().mean().item()]
+    whole = found.test.inputs, found.test.targets
+    assert [f(*whole).item() for f in (cross_entropy, accuracy)] == pytest.approx(expected)
+    lane = Lane(Identity(), {}, {}, from_layers({}).train, cross_entropy, 0)
+    for size in (1, 2, 41):  # chunks hold several targets each that count, and not the same number
+        assert lane.measure(found.test, (cross_entropy, accuracy), size) == pytest.approx(expected, rel=1e-5)
+
+
+def test_nothing_that_counts(tmp_path):
+    with pytest.raises(TicketfindError, match="test: expected labels, found nothing but -100, which does not count"):
+        load(npz(tmp_path, **arrays(y_test=np.full(10, -100))))

@@ -154,7 +154,8 @@ def _sources(spec: str, datasets: Mapping[str, Any]) -> dict[str, Split | Source
 def _from_factory(spec: str, args: Mapping[str, Any]) -> dict[str, Split | Source]:
     factory = load_object(spec, "data")
     try:
-        made = factory(**args) if callable(factory) else factory
+        with seeded(0):  # again: importing it may have drawn something
+            made = factory(**args) if callable(factory) else factory
     except Exception as error:
         raise TicketfindError(f"data {spec!r}: the factory failed: {one_line(error)}") from error
     if not isinstance(made, (tuple, list)) or len(made) not in (2, 3):
