@@ -1,6 +1,5 @@
 """On a CUDA device: the promises that do not depend on rounding hold exactly, the rest agrees with the CPU."""
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,15 @@ from torch.nn import functional as F
 from ticketfind import TicketfindError, engine, masks, results
 from ticketfind import search as searching
 from ticketfind.augment import augmented
-from ticketfind.batches import Data, Order, Split, Stream
+from ticketfind.batches import Data, Order, Split
 from ticketfind.engine import Lane
-from ticketfind.examples import collate
+from ticketfind.examples import source_of
 from ticketfind.experiments import evaluate
 from ticketfind.masks import SCORES
 from ticketfind.outputs import cross_entropy
 from ticketfind.recipe import Recipe, Train
 from ticketfind.rundir import RunDir
+from ticketfind.streams import Stream
 from ticketfind.ticket import Ticket, load_ticket
 from ticketfind.train import Arm, Task, fit, is_disconnected
 from ticketfind.trainers import by_function
@@ -223,7 +223,7 @@ def test_streamed_data_train_as_resident_data(
     task = make_task(device=DEVICE)
     split = task.data.train.to(torch.device("cpu"))
     examples = [(x, int(y)) for x, y in zip(split.inputs, split.targets, strict=True)]
-    stream = Stream(examples, functools.partial(collate, what="data"), torch.arange(len(examples)), workers)
+    stream = Stream(source_of(examples, "data"), torch.arange(len(examples)), workers)
     streamed = Data(stream, task.data.validation, task.data.test).to(torch.device(DEVICE))
     arms = [Arm("arm", task.start(1), {}, 1)]
     ((_, one),) = fit(arms, task, make_train(), way="eager")
