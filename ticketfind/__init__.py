@@ -4,16 +4,19 @@
     ticket.apply(model)                # initial weights in, pruned weights zero
     ticket.hold(model, optimizer)      # keeps them zero in your own training loop
 
+``ticketfind.hold(model, optimizer, masks)`` does the same under masks from elsewhere, such as the file that a search
+hands to a training program (--train-command); of a wrapped model it takes the inner one: ``hold(ddp.module, ...)``.
+
 Importing this package imports nothing heavy: torch comes with the first use of a name below.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ticketfind.ticket import Ticket, load_ticket
+    from ticketfind.ticket import Ticket, hold, load_ticket
 
 __version__ = "0.1.0"
-__all__ = ["Ticket", "TicketfindError", "__version__", "load_ticket"]
+__all__ = ["Ticket", "TicketfindError", "__version__", "hold", "load_ticket"]
 
 
 class TicketfindError(Exception):
@@ -21,7 +24,7 @@ class TicketfindError(Exception):
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Ticket", "load_ticket"):
+    if name in ("Ticket", "hold", "load_ticket"):
         from ticketfind import ticket
 
         return getattr(ticket, name)

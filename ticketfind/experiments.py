@@ -58,6 +58,8 @@ def evaluate(
         for (kind, _), (_, outcome) in zip(arms, trained, strict=True):
             measured.setdefault(kind, []).append(outcome.measured)
             test_size = outcome.test_size
+            for file in folder.rglob("*.safetensors") if folder else ():
+                file.unlink()  # a program's weights, which have been read: those of all arms may fill a disk
     stats = {name: Stats.of(found) for name, found in measured.items()}
     return Evaluation(
         remaining=tickets[0].remaining,

@@ -169,7 +169,7 @@ class Recipe:
         the parts contradict each other or the data.
         """
         faults = [*_contradictions(self)]
-        if train_size is not None and self.train.batch_size > train_size:
+        if train_size is not None and self.train.batch_size > train_size and not self.train.is_external:
             faults.append(
                 f"train.batch_size: expected at most the {train_size} training examples, found {self.train.batch_size}"
             )
@@ -259,7 +259,7 @@ class _Lengths:
     @classmethod
     def of(cls, train: Train, train_size: int | None) -> "_Lengths":
         per_epoch = 0.0 if train_size is None else train_size / train.batch_size
-        if train.is_external and train.iterations.unit != "it":
+        if train.is_external and (train.iterations.unit != "it" or int(train.iterations) == 1):  # 1: resolved before
             return cls(1, per_epoch, known=False)
         return cls(int(train.iterations.resolved(per_epoch, 0)), per_epoch, known=True)
 
