@@ -504,7 +504,9 @@ def sets(tmp_path):
 
 def kinds(spec, **how):
     found = data.load(spec, {}, validation=None, seed=0, **how)
-    return [type(part).__name__ for part in (found.train, found.validation, found.test)]
+    names = [type(part).__name__ for part in (found.train, found.validation, found.test)]
+    assert found.is_resident == (names == ["Split"] * 3)
+    return names
 
 
 @pytest.mark.parametrize(

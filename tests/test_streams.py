@@ -192,12 +192,18 @@ def test_an_iterator_closed_early_ends_its_processes():
 
 
 def test_reading_processes_leave_ctrl_c_to_the_training():
-    class Handlers(Broken):
-        def __getitem__(self, index):
-            return float(signal.getsignal(signal.SIGINT) is signal.SIG_IGN), 0
+    def is_blocked():
+        return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
-    assert stream(Handlers(), 1).first(2)[0].tolist() == [1, 1]
-    assert stream(Handlers(), 0).first(2)[0].tolist() == [0, 0]
+    class Interrupted(Broken):
+        def __getitem__(self, index):
+            if multiprocessing.parent_process():
+                os.kill(os.getpid(), signal.SIGINT)
+            return float(is_blocked()), 0
+
+    assert stream(Interrupted(), 1).first(2)[0].tolist() == [1, 1]
+    assert stream(Interrupted(), 0).first(2)[0].tolist() == [0, 0]
+    assert not is_blocked()
 
 
 def test_with_workers_the_training_process_reads_nothing():

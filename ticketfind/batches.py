@@ -238,6 +238,11 @@ class Data:
         return replace(self, train=change(self.train), validation=change(self.validation), test=change(self.test))
 
     @property
+    def is_resident(self) -> bool:
+        """Whether all examples are held in memory: no process is needed to read them."""
+        return all(isinstance(part, Split) for part in (self.train, self.validation, self.test))
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes of the examples that are held in memory, or on the device."""
         splits = [part for part in (self.train, self.validation, self.test) if isinstance(part, Split)]

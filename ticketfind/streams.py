@@ -9,6 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -179,9 +180,9 @@ class _FlowReader(IterableDataset[Any]):
 def _load(dataset: Any, workers: int, device: torch.device, **how: Any) -> Iterator[Batch]:
     """Batches from a data set of them, read ahead by `workers` processes, which end when the iterator is closed."""
     if workers:
-        how |= {"prefetch_factor": 4, "worker_init_fn": _ignore_interrupts}
+        how |= {"prefetch_factor": 4}
         how |= {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}  # a user's file is no module
-    with warnings.catch_warnings():
+    with _without_interrupts(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads; the workers use one
         warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores: as asked
         batches: Any = iter(
@@ -218,8 +219,17 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the training process too, which ends this one
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes started inside never see a Ctrl-C: the training process, which gets it too, ends them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _on(device: torch.device, batch: Batch) -> Batch:
