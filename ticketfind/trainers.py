@@ -26,10 +26,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ticketfind import TicketfindError, checkpoint, engine, masks
-from ticketfind.batches import derived_seed
+from ticketfind.batches import derived_seed, seeded
 from ticketfind.results import Measured
 from ticketfind.specs import one_line
-from ticketfind.streams import seeded
 from ticketfind.tensorfile import save_tensors
 from ticketfind.ticket import hold
 from ticketfind.train import Arm, Outcome, State, Task, Trainer, Work
