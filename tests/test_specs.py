@@ -118,3 +118,56 @@ def test_errors_on_one_line(error, expected):
 def test_suggestions():
     assert specs.suggest("resnet18d", ["resnet18", "vgg"]) == "; did you mean resnet18?"
     assert specs.suggest("xyzzy", ["resnet18", "vgg"]) == ""
+
+
+# ------------------------------------------------------------------------- relative imports in a user's file
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """path/net.py, which imports its neighbor both ways."""
+    (tmp_path / "blocks_43.py").write_text("class Block: pass\n")
+    (tmp_path / "net.py").write_text(
+        "from .blocks_43 import Block\n"
+        "import blocks_43\n"
+        "class Net(Block): where = __name__, __package__\n"
+        "def other(): return blocks_43.Block\n"
+    )
+    return tmp_path
+
+
+def test_a_lone_file_imports_its_neighbors_relatively_or_not(folder):
+    net = specs.load_object(f"{folder}/net.py:Net", "model")
+    assert net.__mro__[1].__name__ == "Block"
+    assert specs.load_object(f"{folder}/net.py:other", "model")().__name__ == "Block"
+    assert specs.load_object(f"{folder}/net.py:Net", "model") is net
+
+
+def test_a_file_in_a_package_is_the_packages_module(tmp_path):
+    inner = tmp_path / "pkg_44" / "inner"
+    inner.mkdir(parents=True)
+    (tmp_path / "pkg_44" / "__init__.py").write_text("")
+    (inner / "__init__.py").write_text("from .blocks import Block\n")
+    (inner / "blocks.py").write_text("from ..constants import WIDTH\nclass Block: width = WIDTH\n")
+    (tmp_path / "pkg_44" / "constants.py").write_text("WIDTH = 7\n")
+    (inner / "net.py").write_text("from ..inner.blocks import Block\nclass Net(Block): pass\n")
+    net = specs.load_object(f"{inner}/net.py:Net", "model")
+    assert net.__module__ == "pkg_44.inner.net" and net.width == 7
+    assert specs.load_object("pkg_44.inner.net:Net", "model") is net  # the one module, however it is named
+    assert specs.load_object(f"{inner}/__init__.py:Block", "model") is net.__mro__[1]
+
+
+def test_two_packages_of_one_name_are_told_apart(tmp_path):
+    for side in ("a", "b"):
+        (tmp_path / side / "pkg_45").mkdir(parents=True)
+        (tmp_path / side / "pkg_45" / "__init__.py").write_text("")
+        (tmp_path / side / "pkg_45" / "net.py").write_text(f"side = {side!r}\n")
+    assert specs.load_object(f"{tmp_path}/a/pkg_45/net.py:side", "model") == "a"
+    with pytest.raises(TicketfindError, match=r"ImportError: pkg_45\.net is another module here, .*a/pkg_45/net\.py"):
+        specs.load_object(f"{tmp_path}/b/pkg_45/net.py:side", "loss")
+
+
+def test_a_relative_import_of_nothing_is_one_line(tmp_path):
+    (tmp_path / "net.py").write_text("from .no_such import Block\n")
+    with pytest.raises(TicketfindError, match=r"net.py failed: ModuleNotFoundError: No module named .*no_such'"):
+        specs.load_object(f"{tmp_path}/net.py:Net", "model")

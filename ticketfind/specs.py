@@ -69,14 +69,34 @@ def _load_module(name: str) -> ModuleType:
 
 
 def _load_file(path: Path) -> ModuleType:
+    """The module in a file: of a package (folders with ``__init__.py``) by its full name, else by one of its own.
+
+    Relative imports work in both; a lone file's folder stands for its package.
+    """
     if not path.is_file():
         raise TicketfindError(f"{path}: no such file (expected a Python file)")
     path = path.resolve()
-    name = f"_ticketfind_user_{path.stem}_{abs(hash(str(path))):x}"
+    root, names = path.parent, [] if path.stem == "__init__" else [path.stem]
+    while (root / "__init__.py").is_file() and root.name.isidentifier():
+        root, names = root.parent, [root.name, *names]
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    if root == path.parent or not all(name.isidentifier() for name in names):
+        return _load_lone_file(path)
+    name = ".".join(names)
+    module = importlib.import_module(name)
+    if module.__file__ is None or not path.samefile(module.__file__):
+        raise ImportError(f"{name} is another module here, {module.__file__}")
+    return module
+
+
+def _load_lone_file(path: Path) -> ModuleType:
+    package = ModuleType(f"_ticketfind_user_{abs(hash(str(path.parent))):x}")
+    package.__path__ = [str(path.parent)]
+    sys.modules.setdefault(package.__name__, package)
+    name = f"{package.__name__}.{path.stem.replace('.', '_')}"
     if name in sys.modules:
         return sys.modules[name]
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
