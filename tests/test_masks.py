@@ -1,9 +1,12 @@
+import warnings
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from ticketfind import TicketfindError, masks
 from ticketfind.masks import Group
@@ -396,3 +399,71 @@ def test_total_expects_by_chance_what_each_tensor_does():
 def test_masks_of_different_networks_are_not_compared(b, message):
     with pytest.raises(TicketfindError, match=message):
         masks.compare({"w": torch.ones(2, dtype=torch.bool)}, b)
+
+
+# -------------------------------------------------------------------------------- weights made from others
+
+
+class Symmetric(nn.Module):
+    def forward(self, x):
+        return x.triu() + x.triu(1).T
+
+
+def old_norm(module, name="weight"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(module, name)
+
+
+def torch_pruned(module):
+    prune.random_unstructured(module, "weight", 0.5)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("model", "pruned"),
+    [
+        (lambda: parametrizations.weight_norm(nn.Linear(5, 4)), ["parametrizations.weight.original1"]),
+        (lambda: parametrizations.weight_norm(nn.Linear(5, 1)), ["parametrizations.weight.original1"]),
+        (lambda: parametrizations.weight_norm(nn.Linear(1, 5)), ["parametrizations.weight.original0"]),  # the lengths
+        (lambda: parametrizations.weight_norm(nn.Conv2d(3, 4, 3), dim=1), ["parametrizations.weight.original1"]),
+        (lambda: parametrizations.weight_norm(nn.Linear(5, 4), dim=None), ["parametrizations.weight.original1"]),
+        (lambda: parametrizations.spectral_norm(nn.Linear(5, 4)), ["parametrizations.weight.original"]),
+        (lambda: parametrizations.orthogonal(nn.Linear(5, 4)), []),
+        (lambda: parametrize.register_parametrization(nn.Linear(4, 4), "weight", Symmetric()), []),
+        (lambda: parametrizations.weight_norm(nn.LSTM(5, 5), "weight_hh_l0"),
+         ["weight_ih_l0", "parametrizations.weight_hh_l0.original1"]),
+        (lambda: old_norm(nn.LSTM(5, 5), "weight_hh_l0"), ["weight_ih_l0", "weight_hh_l0_v"]),
+        (lambda: old_norm(nn.Conv1d(3, 4, 2)), ["weight_v"]),
+        (lambda: nn.utils.spectral_norm(nn.Linear(5, 4)), ["weight_orig"]),
+        (lambda: torch_pruned(nn.Linear(5, 4)), ["weight_orig"]),
+    ],
+)  # fmt: skip
+def test_what_a_layer_computes_its_weight_from_is_pruned_where_zeros_stay(model, pruned):
+    assert [c.name for c in masks.candidates(model()) if c.pruned] == pruned
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "index", "lost"),
+    [
+        (lambda: parametrizations.weight_norm(nn.Linear(5, 4)), "parametrizations.weight.original1", (2,), True),
+        (lambda: parametrizations.weight_norm(nn.Linear(5, 4)), "parametrizations.weight.original1", (..., 2), False),
+        (lambda: parametrizations.weight_norm(nn.Conv1d(3, 4, 2), dim=1), "parametrizations.weight.original1",
+         (slice(None), 1), True),
+        (lambda: parametrizations.weight_norm(nn.Conv1d(3, 4, 2), dim=1), "parametrizations.weight.original1",
+         (1,), False),
+        (lambda: old_norm(nn.Conv1d(3, 4, 2)), "weight_v", (3,), True),
+        (lambda: old_norm(nn.Linear(5, 4)), "weight_v", (..., 0), False),
+        (lambda: nn.Linear(5, 4), "weight", (2,), False),
+    ],
+)  # fmt: skip
+def test_a_direction_without_length_is_found_before_it_gives_nan(model, name, index, lost):
+    net = model()
+    mask = torch.ones_like(dict(net.named_parameters())[name], dtype=torch.bool)
+    mask[index] = False
+    state = masks.masked(net.state_dict(), {name: mask})
+    assert masks.without_direction({name: mask}, state) == ([name] if lost else [])
+    net.load_state_dict(state)
+    wide = net.in_features if isinstance(net, nn.Linear) else net.in_channels
+    outputs = net(torch.ones(2, wide, 3) if isinstance(net, nn.Conv1d) else torch.ones(2, wide))
+    assert bool(outputs.isnan().any()) is lost

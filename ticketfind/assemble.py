@@ -52,8 +52,10 @@ def assemble(recipe: Recipe, *, arms: int | None = None) -> tuple[Recipe, Task]:
         resident=resident,
     )
     given = _weights(recipe, recipe.model.checkpoint, model)
+    with torch.no_grad():  # a move makes recurrent layers compute parametrized weights, which could not be copied
+        model.to(device)
     task = Task(
-        model=model.to(device),
+        model=model,
         data=None if found is None else found.to(device),
         device=device,
         fresh=lambda seed: models.state_of(source.new(seed)),

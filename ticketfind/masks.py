@@ -44,6 +44,7 @@ _PRUNED_LAYERS = (
     nn.ConvTranspose3d,
     nn.Bilinear,
 )
+_LAYER_WEIGHTS = ("weight", "weight_v", "weight_orig")  # of torch.nn.utils: weight_norm; spectral_norm and prune
 _RECURRENT_LAYERS = (nn.RNNBase, nn.RNNCellBase)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -89,7 +90,9 @@ def _judge(module: nn.Module, attribute: str) -> tuple[bool, str]:
     layer = _layer_name(module)
     if attribute in ("bias", "bias_k", "bias_v") or attribute.endswith("_bias") or attribute.startswith("bias_"):
         return False, "bias"
-    if isinstance(module, _PRUNED_LAYERS) and attribute in ("weight", "weight_v"):  # weight_v: of weight_norm
+    if attribute.endswith("_g") and hasattr(module, f"{attribute[:-2]}_v"):
+        return False, "length of weight_norm"
+    if isinstance(module, _PRUNED_LAYERS) and attribute in _LAYER_WEIGHTS:
         standardized = "; zeros do not stay zero in its standardized weight" if "StdConv" in layer else ""
         return True, f"{layer} {attribute}{standardized}"
     if isinstance(module, _RECURRENT_LAYERS) and attribute.startswith("weight_"):
@@ -121,12 +124,31 @@ def _judge_parametrized(module: nn.Module, attribute: str, made: nn.Module, orig
 @torch.no_grad()
 def _keeps_zeros(made: nn.Module, original: str) -> bool:
     """True if zeros in `original` are zeros, in the same places, in what the parametrization makes of it: tried."""
-    trial = copy.deepcopy(made)
-    values = getattr(trial, original)
-    gone = torch.rand(values.shape, generator=torch.Generator().manual_seed(0)).to(values.device) < 0.5
-    values.masked_fill_(gone, 0.0)
-    weight = trial()
-    return weight.shape == values.shape and not bool(weight[gone].any())
+    for seed in range(3):
+        trial = copy.deepcopy(made)
+        values = getattr(trial, original)
+        gone = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed)).to(values.device) < 0.5
+        rows = gone.view(len(gone), -1) if gone.ndim else gone.view(1, 1)
+        for kept in (rows[0], rows[:, 0]):  # something in each row and column, as weight_norm divides by their length
+            if kept.numel() < rows.numel():
+                kept.fill_(False)
+        values.masked_fill_(gone, 0.0)
+        weight = trial()
+        if weight.shape != values.shape or not bool(gone.any()) or bool(weight[gone].any()):
+            return False
+    return True
+
+
+def without_direction(masks: Masks, weights: Weights) -> list[str]:
+    """Directions of weight_norm that have lost a whole row, whose length it then divides by: names in `masks`."""
+    lost = []
+    for name, mask in masks.items():
+        length = weights.get(name.removesuffix("original1") + "original0", weights.get(name.removesuffix("_v") + "_g"))
+        if length is not None and name.endswith(("original1", "_v")):
+            rows = [axis for axis in range(mask.ndim) if length.ndim != mask.ndim or length.shape[axis] == 1]
+            if not bool(mask.sum(rows).all()):
+                lost.append(name)
+    return lost
 
 
 def aliases(model: nn.Module) -> dict[str, str]:

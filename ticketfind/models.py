@@ -2,13 +2,14 @@
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from ticketfind import TicketfindError
 from ticketfind.nets import NETS
@@ -62,6 +63,7 @@ def _materialize(model: nn.Module, example: Inputs | None) -> None:
     model.train(training)
 
 
+@torch.no_grad()
 def _in_float32(model: nn.Module) -> nn.Module:
     """Weights of half precision are trained in float32."""
     halves = (torch.float16, torch.bfloat16)
@@ -94,7 +96,7 @@ def source(
     if is_code(spec):
         made = load_object(spec, "model")
         if isinstance(made, nn.Module):
-            return Source(lambda: copy.deepcopy(made), None, example)
+            return Source(lambda: _own_copy(made), None, example)
         if not callable(made):
             raise TicketfindError(f"model {spec!r}: expected a class or function, found {type(made).__name__}")
         build = _builder(spec, made, _sized(made, args, sizes))
@@ -117,11 +119,26 @@ def _builder(spec: str, factory: Callable[..., Any], args: Mapping[str, Any]) ->
 
 
 def _own_copy(model: nn.Module) -> nn.Module:
-    """A copy, as a factory that caches would hand out the very module that is being trained."""
+    """A copy, as a factory that caches would hand out the very module that is being trained.
+
+    Two kinds of tensors that deepcopy refuses are copied here: buffers of lazy layers, and what the older
+    torch.nn.utils.weight_norm has computed. Raises TicketfindError for others.
+    """
+    memo: dict[int, Tensor] = {}
+    for module in model.modules():
+        attributes = [*vars(module).values(), *module.buffers(recurse=False)]
+        lists = [value for value in attributes if isinstance(value, list)]  # a recurrent layer's weights
+        for value in itertools.chain(attributes, *lists):
+            if isinstance(value, UninitializedBuffer):
+                memo[id(value)] = UninitializedBuffer().to(value)
+            elif isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(model)
-    except (RuntimeError, TypeError):  # hooks or tensors that cannot be copied: trust the factory
-        return model
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TicketfindError(
+            f"model: expected a module that copy.deepcopy can copy, found {type(model).__name__}: {one_line(error)}"
+        ) from error
 
 
 def _sized(factory: Callable[..., Any], args: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,7 +172,8 @@ def _timm_source(spec: str, args: Mapping[str, Any], sizes: Mapping[str, Any]) -
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
         known = [*NETS, *timm.list_models()]
         raise TicketfindError(
-            f"model {spec!r}: expected a timm name, {', '.join(NETS)}, or module:factory{suggest(spec, known)}"
+            f"model {spec!r}: expected a timm name, {', '.join(NETS)}, module:factory or file.py:factory"
+            f"{suggest(spec, known)}"
         )
     unused = {"input_shape"} if _is_of_fixed_size(name) else {"input_shape", "img_size"}
     sized = {key: value for key, value in sizes.items() if key not in unused}
