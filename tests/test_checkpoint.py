@@ -2,6 +2,7 @@ import argparse
 import io
 import json
 import pickle
+import tarfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -99,12 +100,25 @@ def test_a_pickle_with_a_payload_is_not_run(tmp_path, plain):
     assert pwned.exists()  # the payload would have worked
 
 
+def test_a_payload_in_a_tar_of_the_first_torch_is_not_run(tmp_path):
+    pwned, file = tmp_path / "pwned", tmp_path / "w.tar"
+    with tarfile.open(file, "w") as archive:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            content = pickle.dumps(Payload(pwned), protocol=2)
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            archive.addfile(about, io.BytesIO(content))
+    with pytest.raises(TicketfindError, match=r"never unpickles.* save its tensors alone"):
+        checkpoint.read(file)
+    assert not pwned.exists()
+
+
 @pytest.mark.parametrize(
     "saved", [nn.Linear(3, 2), {"model": STATE, "args": argparse.Namespace(lr=1)}], ids=["module", "arguments"]
 )
 def test_other_objects_are_refused_with_a_way_out(tmp_path, saved):
     torch.save(saved, tmp_path / "w.pth")
-    with pytest.raises(TicketfindError, match=r"objects other than tensors, .* save its tensors alone"):
+    with pytest.raises(TicketfindError, match=r"objects other than tensors \(.*\), .* save its tensors alone"):
         checkpoint.read(tmp_path / "w.pth")
 
 
@@ -146,7 +160,9 @@ def test_a_truncated_torch_file_is_named(tmp_path, zipped):
     ("saved", "message"),
     [
         ({"epoch": 3, "name": "x"}, "expected named tensors, found epoch, name"),
-        ([torch.ones(2)], "expected named tensors, found nothing"),
+        ([torch.ones(2)], "expected named tensors, found a list"),
+        (torch.ones(2), "expected named tensors, found a Tensor"),
+        ({"optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}, "expected named tensors, found optimizer"),
         ({}, "expected named tensors, found nothing"),
     ],
 )
@@ -249,3 +265,76 @@ def test_allowed_mismatches_keep_the_models_own_start():
 def test_allowed_entries_that_fit_are_used():
     assert same(match(STATE, allow=["*"]))
     assert same(match({"fc.bias": STATE["fc.bias"]}, allow=["fc.weight"]), {"fc.bias": STATE["fc.bias"]})
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.zeros(2, 3, dtype=torch.int8), "other type: fc.weight float32 in the model, int8 in the file"),
+        (torch.zeros(2, 3, dtype=torch.complex64), "other type: fc.weight float32 in the model, complex64 in the file"),
+        (torch.full((2, 3), torch.nan, dtype=torch.bfloat16), "NaN: fc.weight ("),
+    ],
+)
+def test_numbers_that_are_no_weights_are_refused(weight, message):
+    with pytest.raises(TicketfindError) as error:
+        match({**STATE, "fc.weight": weight})
+    assert message in str(error.value)
+    assert same(match({**STATE, "fc.weight": weight}, allow=["fc.weight"]), {"fc.bias": STATE["fc.bias"]})
+
+
+def test_infinite_entries_are_weights():
+    """Attention masks are buffers with -inf."""
+    assert match({**STATE, "fc.bias": torch.tensor([-torch.inf, 0.0])})["fc.bias"].tolist() == [-torch.inf, 0.0]
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_every_float_becomes_the_models(kind):
+    state = {name: value.to(kind) for name, value in STATE.items()}
+    found = match(state)
+    assert all(torch.equal(found[name], value.float()) for name, value in state.items())
+    assert checkpoint.dtype(state) == str(kind).removeprefix("torch.")
+
+
+# ------------------------------------------------------------------------------- one of several sets of weights
+
+EMA = {name: -value for name, value in STATE.items()}
+
+
+@pytest.mark.parametrize(
+    ("saved", "key"),
+    [
+        ({"state_dict": STATE, "state_dict_ema": EMA}, "state_dict_ema"),
+        ({"model": STATE, "ema": {"model": EMA, "decay": 0.9}}, "ema"),
+        ({"model": STATE, "ema": {"model": EMA, "decay": 0.9}}, "ema.model"),
+        ({"model": STATE, "averaged": {"slow": EMA, "fast": STATE}}, "averaged.slow"),
+        ({**{f"raw.{n}": v for n, v in STATE.items()}, **{f"ema.{n}": v for n, v in EMA.items()}}, "ema"),
+    ],
+)
+def test_a_key_names_the_weights(tmp_path, saved, key):
+    torch.save(saved, tmp_path / "w.pt")
+    assert same(checkpoint.read(tmp_path / "w.pt", key), EMA)
+
+
+def test_a_key_in_safetensors_is_a_prefix(tmp_path):
+    save_file({f"ema.{name}": value for name, value in EMA.items()} | STATE, tmp_path / "w.safetensors")
+    assert same(checkpoint.read(tmp_path / "w.safetensors", "ema"), EMA)
+
+
+def test_a_wrong_key_lists_what_is_there(tmp_path):
+    torch.save({"state_dict": STATE, "averaged": {"slow": EMA}, "epoch": 3}, tmp_path / "w.pt")
+    with pytest.raises(TicketfindError) as error:
+        checkpoint.read(tmp_path / "w.pt", "averaged.slaw")
+    assert str(error.value) == (
+        f"checkpoint {tmp_path}/w.pt: checkpoint_key 'averaged.slaw': expected an entry that holds tensors,"
+        " found state_dict, averaged.slow; did you mean averaged.slow?"
+    )
+    save_file({f"ema.{name}": value for name, value in EMA.items()}, tmp_path / "w.safetensors")
+    with pytest.raises(TicketfindError, match=r"expected an entry that holds tensors, found ema; did you mean ema\?"):
+        checkpoint.read(tmp_path / "w.safetensors", "emo")
+
+
+def test_a_shard_that_lacks_what_the_index_promises(tmp_path):
+    index = sharded(tmp_path)
+    save_file({"other": STATE["fc.bias"]}, tmp_path / "model-00002-of-00002.safetensors")
+    with pytest.raises(TicketfindError, match=r"missing: fc\.bias; unexpected: other"):
+        match(checkpoint.read(index))

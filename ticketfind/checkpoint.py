@@ -1,6 +1,9 @@
 """Checkpoint files -> weights under the model's own names. No code in a file is ever run."""
 
+import itertools
 import json
+import re
+import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +49,7 @@ def read(path: Path, key: str | None = None) -> dict[str, Tensor]:
     if not path.is_file():
         raise TicketfindError(f"checkpoint {path}: no such file")
     if path.name.endswith(".index.json"):
-        weights: Mapping[str, Any] = _read_sharded(path)
+        weights: Any = _read_sharded(path)
     elif path.suffix == ".safetensors":
         weights, _ = read_tensors(path, "checkpoint")
     elif path.suffix in _TORCH_SUFFIXES:
@@ -56,12 +59,13 @@ def read(path: Path, key: str | None = None) -> dict[str, Tensor]:
             f"checkpoint {path}: expected .safetensors, .safetensors.index.json or a torch file"
             f" ({' '.join(_TORCH_SUFFIXES)})"
         )
+    if not isinstance(weights, Mapping):
+        raise TicketfindError(f"checkpoint {path}: expected named tensors, found a {type(weights).__name__}")
     weights = _unwrap(weights) if key is None else _entry(weights, key, path)
-    tensors = {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value.detach() for name, value in weights.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise TicketfindError(
-            f"checkpoint {path}: expected named tensors, found {_listed([*map(str, weights)]) or 'nothing'}"
-        )
+        found = _listed([*map(str, weights)]) or "nothing"
+        raise TicketfindError(f"checkpoint {path}: expected named tensors, found {found}")
     return tensors
 
 
@@ -88,15 +92,17 @@ def _read_torch(path: Path) -> Any:
         if not isinstance(error, OSError):
             with path.open("rb") as file:
                 start = file.read(16)
-            if not start.startswith((b"PK", b"\x80")):  # zip archive, pickle
+            if not start.startswith((b"PK", b"\x80")) and not tarfile.is_tarfile(path):  # zip, pickle, torch 0.1
                 raise TicketfindError(
                     f"checkpoint {path}: expected a torch checkpoint, found a file that begins with {start!r}"
                 ) from error
         if "weights_only" in str(error) or "Unsupported" in str(error):
+            refused = re.search(r"GLOBAL (\S+)", str(error))
             raise TicketfindError(
-                f"checkpoint {path}: it holds objects other than tensors, which ticketfind never unpickles;"
-                " where you trust it, save its tensors alone: torch.save(model.state_dict(), FILE) (or"
-                " torch.load(FILE, weights_only=False) and safetensors.torch.save_file, in a program of your own)"
+                f"checkpoint {path}: it holds objects other than tensors{f' ({refused[1]})' if refused else ''}, which"
+                " ticketfind never unpickles; where you trust it, save its tensors alone:"
+                " torch.save(model.state_dict(), FILE) (or torch.load(FILE, weights_only=False) and"
+                " safetensors.torch.save_file, in a program of your own)"
             ) from error
         raise TicketfindError(f"checkpoint {path}: expected a torch checkpoint; reading it failed: {first}") from error
 
@@ -121,11 +127,13 @@ def _entry(found: Any, key: str, path: Path) -> Mapping[str, Any]:
 
 
 def _holders(found: Any, prefix: str = "") -> list[str]:
-    """The keys of the entries that hold tensors, inner ones after a dot."""
+    """The keys of the entries that hold tensors, inner ones after a dot; of a flat file what its names begin with."""
     if not isinstance(found, Mapping):
         return []
-    here = [prefix] if prefix and any(isinstance(value, Tensor) for value in found.values()) else []
-    return here + [key for name, value in found.items() for key in _holders(value, f"{prefix}.{name}".lstrip("."))]
+    tensors = [str(name) for name, value in found.items() if isinstance(value, Tensor)]
+    here = [prefix for _ in tensors[:1]] if prefix else [name.partition(".")[0] for name in tensors if "." in name]
+    inner = (_holders(value, f"{prefix}.{name}".lstrip(".")) for name, value in found.items())
+    return list(dict.fromkeys([*here, *itertools.chain.from_iterable(inner)]))
 
 
 def _unwrap(found: Any) -> Mapping[str, Any]:
@@ -149,45 +157,61 @@ def match(
 ) -> dict[str, Tensor]:
     """The entries of `weights` for `wanted` (the model's state), renamed, in the model's dtypes.
 
-    Prefixes that wrappers put before every name are taken off. Entries that are missing, unexpected or of another
-    shape are an error unless they match a glob in `allow`; those are left out, and keep the model's own start.
+    Prefixes that wrappers put before every name are taken off. Entries that are missing, unexpected, of another shape
+    or kind of number, or not a number, are an error unless they match a glob in `allow`; those are left out, and keep
+    the model's own start.
     aliases: further name -> name of tied entries, of which a file need hold only one.
     """
     weights = _without_prefixes(weights, wanted)
     for alias, name in (aliases or {}).items():
-        held = weights.get(name, weights.get(alias))
-        if held is not None:
-            weights = {name: held, alias: held, **weights}
+        tied = weights.get(name, weights.get(alias))
+        if tied is not None:
+            weights = {name: tied, alias: tied, **weights}
     check_globs(allow, [*wanted, *(name for name in weights if name not in wanted)], "model.allow_mismatch")
-    faults = []
-    for kind, names in {
-        "missing": [name for name in wanted if name not in weights],
-        "unexpected": [name for name in weights if name not in wanted],
-    }.items():
-        names = [name for name in names if not matches(name, allow)]
-        if names:
-            faults.append(f"{kind}: {_listed(names)}")
-    shapes = [
-        f"{name} {tuple(wanted[name].shape)} in the model, {tuple(weights[name].shape)} in the file"
-        for name in wanted
-        if name in weights and weights[name].shape != wanted[name].shape and not matches(name, allow)
-    ]
-    if shapes:
-        faults.append(f"other shape: {_listed(shapes)}")
-    if faults:
-        raise TicketfindError(
-            f"checkpoint {path}: does not fit the model; {'; '.join(faults)} (--allow-mismatch GLOB accepts entries)"
-        )
-    return {
-        name: weights[name].to(wanted[name].dtype)
-        for name in wanted
-        if name in weights and weights[name].shape == wanted[name].shape
+    held = [name for name in wanted if name in weights]
+    faults = {
+        "missing": {name: name for name in wanted if name not in weights},
+        "unexpected": {name: name for name in weights if name not in wanted},
+        "other shape": {
+            name: f"{name} {tuple(wanted[name].shape)} in the model, {tuple(weights[name].shape)} in the file"
+            for name in held
+            if weights[name].shape != wanted[name].shape
+        },
+        "other type": {
+            name: f"{name} {_type(wanted[name])} in the model, {_type(weights[name])} in the file"
+            for name in held
+            if _kind(weights[name]) != _kind(wanted[name])
+        },
+        "NaN": {
+            name: name
+            for name in held
+            if _kind(weights[name]) == "float" and bool(weights[name].to(torch.float32).isnan().any())
+        },
     }
+    told = []
+    for kind, found in faults.items():
+        if texts := [text for name, text in found.items() if not matches(name, allow)]:
+            told.append(f"{kind}: {_listed(texts)}")
+    if told:
+        raise TicketfindError(
+            f"checkpoint {path}: does not fit the model; {'; '.join(told)} (--allow-mismatch GLOB accepts entries)"
+        )
+    left_out = {name for found in faults.values() for name in found}
+    return {name: weights[name].to(wanted[name].dtype) for name in held if name not in left_out}
+
+
+def _kind(tensor: Tensor) -> str:
+    """What a type cannot change without changing what it says: quantized weights are no weights."""
+    return "complex" if tensor.is_complex() else "float" if tensor.is_floating_point() else "whole"
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def dtype(weights: Mapping[str, Tensor]) -> str:
     """The types of the floating-point entries, as "bfloat16" or "float16, float32"."""
-    return ", ".join(sorted({str(w.dtype).removeprefix("torch.") for w in weights.values() if w.is_floating_point()}))
+    return ", ".join(sorted({_type(w) for w in weights.values() if w.is_floating_point()}))
 
 
 def _without_prefixes(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
