@@ -315,7 +315,8 @@ def inspect(
 
     screen = terminal.Screen(as_json=as_json, quiet=quiet)
     path = None if target is None else Path(target)
-    is_model = path is not None and not path.is_dir() and not path.is_file() and path.suffix != ".safetensors"
+    is_file = path is not None and path.suffix != ".py" and (path.is_file() or path.suffix == ".safetensors")
+    is_model = path is not None and not path.is_dir() and not is_file
     settings = options.recipe_settings(context.params)
     if not is_model and settings:
         raise typer.BadParameter(

@@ -186,6 +186,11 @@ class _Job:
                     f"{name}: no weight is left in {emptied}, and the output no longer depends on the input;"
                     " use scope layer or fewer rounds, or start anew with --set prune.allow_collapse=true"
                 )
+        if lost := masks.without_direction(mask, start):
+            raise TicketfindError(
+                f"{name}: a whole row of {', '.join(lost)} is pruned, whose length weight_norm divides by;"
+                " --skip it, prune it less (--prune '*=0.2' --prune GLOB=0.05), or take fewer rounds"
+            )
         return Arm(name, start, mask, seed, self.plan.rewind, round, replicate)
 
     def finish(self, round: int, replicate: int, arm: Arm, outcome: Outcome) -> None:
@@ -263,7 +268,7 @@ def load(run: RunDir, round: int, replicate: int) -> Ticket:
     """The ticket of one round and replicate, trained or not. Raises TicketfindError where the run does not hold it."""
     recipe = run.recipe()
     rounds = finished_rounds(run, recipe)
-    if not 1 <= round <= max(len(rounds) - 1, _untested(run, recipe) or 0):
+    if not 1 <= round <= max(len(rounds) - 1, _untested(recipe, rounds) or 0):
         raise _no_round(run, rounds, round)
     if not 0 <= replicate < recipe.run.replicates:
         raise TicketfindError(f"{run.path}: replicate: expected 0 to {recipe.run.replicates - 1}, found {replicate}")
@@ -287,9 +292,9 @@ def _no_round(run: RunDir, rounds: list[results.Round], round: int) -> Ticketfin
     return TicketfindError(f"{run.path}: round: expected {there}, found {round}")
 
 
-def _untested(run: RunDir, recipe: Recipe) -> int | None:
-    """The round of a finished run whose mask was drawn from weights that were trained already, and not trained."""
-    return 1 if recipe.model.trained and recipe.prune.rounds == 1 and run.is_finished else None
+def _untested(recipe: Recipe, rounds: list[results.Round]) -> int | None:
+    """The round whose mask was drawn from weights that were trained already, and not trained; None before that."""
+    return 1 if recipe.model.trained and recipe.prune.rounds == 1 and rounds else None
 
 
 @dataclass(frozen=True)
@@ -305,7 +310,9 @@ def chosen(run: RunDir, round: int | None) -> Choice:
 
     Raises TicketfindError where there is none.
     """
-    rounds, untested = finished_rounds(run), _untested(run, run.recipe())
+    recipe = run.recipe()
+    rounds = finished_rounds(run, recipe)
+    untested = _untested(recipe, rounds)
     if untested is not None and round in (None, untested):
         return Choice(untested, 0)
     if round is not None:

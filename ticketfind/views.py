@@ -80,8 +80,9 @@ def show_run(screen: Screen, run: "RunDir", recipe: "Recipe", rounds: Sequence[R
         show_rounds(screen, rounds)
     winner = results.winner_of(rounds)
     state = "finished" if run.is_finished else "not finished: the same search command goes on"
+    drawn = "a ticket drawn from trained weights" if run.ticket_file.exists() else "no winner"
     screen.result(
-        f"{plural(len(rounds), 'round')}, {state}; {'no winner' if winner is None else 'winner: ' + _winner(winner)}",
+        f"{plural(len(rounds), 'round')}, {state}; {drawn if winner is None else 'winner: ' + _winner(winner)}",
         {"run": str(run.path), "finished": run.is_finished, "recipe": recipe.plain(), **_rounds_json(rounds)},
     )
 
