@@ -1,6 +1,10 @@
 """Small tasks that train in milliseconds, and a search over them."""
 
+import json
+import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ticketfind import masks
+from ticketfind import cli, masks
 from ticketfind import search as searching
 from ticketfind.batches import Data, Split
 from ticketfind.layers import from_layers
@@ -194,3 +198,48 @@ def make_ticket() -> Callable[..., Ticket]:
         return Ticket(kept, init, about)
 
     return make
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        assert self.code == 0, self.err
+        assert self.out.count("\n") == 1, "one line on stdout, and nothing else"
+        found: dict[str, Any] = json.loads(self.out)
+        return found
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Ran]]:
+    """command("search", ...) -> Ran: in this process, in an empty folder, as the console script would."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = {*sys.modules}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["ticketfind", *map(str, arguments)])
+        capfd.readouterr()
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        assert isinstance(code, int)
+        return Ran(code, *capfd.readouterr())
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for name, module in [*sys.modules.items()]:
+        if name not in before and (getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]

@@ -1,11 +1,15 @@
+import json
 import sys
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from ticketfind import TicketfindError, models
+from ticketfind import TicketfindError, load_ticket, masks, models
+from ticketfind.outputs import predictions
+from ticketfind.specs import load_object
 
 USER = """
 import torch
@@ -181,3 +185,329 @@ def test_models_that_cannot_be_made_are_named(user, spec, message):
 def test_arguments_that_a_factory_refuses_are_shown(user, spec, args, message):
     with pytest.raises(TicketfindError, match=message):
         new(spec.replace("user:", f"{user}:"), args)
+
+
+# ------------------------------------------------------------- layers that others have to be told about
+
+
+LAYERS = """
+import threading
+import warnings
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize, weight_norm
+
+class Lazy(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.LazyConv2d(width, 3), nn.LazyBatchNorm2d(), nn.LazyLinear(3)
+    def forward(self, x): return self.head(F.relu(self.norm(self.conv(x))).flatten(1))
+
+lazy, kept = Lazy(), Lazy()
+def cached(): return kept
+
+class Uncopied(nn.Linear):
+    def __init__(self):
+        super().__init__(12, 3)
+        self.lock = threading.Lock()
+
+class Parametrized(nn.Module):
+    def __init__(self, by):
+        super().__init__()
+        self.body = getattr(parametrizations, by)(nn.Linear(12, 16))
+        self.head = nn.Linear(16, 3)
+    def forward(self, x): return self.head(F.relu(self.body(x)))
+
+def old(module, name="weight"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return weight_norm(module, name)
+
+class Old(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = old(nn.Linear(12, 16)), nn.Linear(16, 3)
+    def forward(self, x): return self.head(F.relu(self.body(x)))
+
+class OldRecurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = old(nn.GRU(4, 6, batch_first=True), "weight_hh_l0"), nn.Linear(6, 3)
+    def forward(self, x): return self.head(self.body(x.view(-1, 3, 4))[0][:, -1])
+
+class Tokens(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.embed, self.kind, self.head = nn.Embedding(12, 8), kind, nn.Linear(8, 3)
+        if kind in ("LSTM", "GRU", "RNN"):
+            self.body = getattr(nn, kind)(8, 8, batch_first=True)
+        elif kind == "normed LSTM":
+            self.body = parametrizations.weight_norm(nn.LSTM(8, 8, batch_first=True), "weight_hh_l0")
+        elif kind == "attention":
+            self.body = nn.MultiheadAttention(8, 2, batch_first=True)
+        elif kind == "cross attention":
+            self.memory, self.body = nn.Linear(8, 6), nn.MultiheadAttention(8, 2, kdim=6, vdim=6, batch_first=True)
+        else:
+            self.body = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    def forward(self, x):
+        x = self.embed(x)
+        if self.kind == "attention":
+            x, _ = self.body(x, x, x)
+        elif self.kind == "cross attention":
+            x, _ = self.body(x, self.memory(x), self.memory(x))
+        elif self.kind == "transformer":
+            x = self.body(x)
+        else:
+            x, _ = self.body(x)
+        return self.head(x[:, -1])
+
+class Cell(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.body, self.head = getattr(nn, kind)(12, 8), nn.Linear(8, 3)
+    def forward(self, x):
+        state = self.body(x)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encode, self.decode, self.head = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+        self.decode.weight = self.encode.weight
+    def forward(self, x): return self.head(F.relu(self.decode(F.relu(self.encode(x)))))
+
+class Convolved(nn.Module):
+    def __init__(self, dims):
+        super().__init__()
+        self.body = getattr(nn, f"Conv{dims}d")(2, 8, 3)
+        self.head = nn.Linear(8, 3)
+    def forward(self, x): return self.head(F.relu(self.body(x)).flatten(2).mean(-1))
+
+class Plain(nn.Module):
+    def __init__(self, outputs=3, kind=None, half=False):
+        super().__init__()
+        self.body, self.head, self.kind = nn.Linear(12, 16), nn.Linear(16, outputs), kind
+        if half:
+            self.to(torch.bfloat16)
+    def forward(self, x, labels=None):
+        out = self.head(F.relu(self.body(x)))
+        if self.kind == "tuple":
+            return out, None
+        if self.kind == "dict":
+            return {"hidden": x, "logits": out}
+        if self.kind == "object":
+            return Output(out)
+        return out.squeeze(-1) if self.kind == "squeezed" else out
+
+class Output:
+    def __init__(self, logits): self.logits = logits
+
+def one_shape(*shape):
+    generator = torch.Generator().manual_seed(0)
+    centers, labels = torch.randn(3, *shape, generator=generator), torch.arange(60) % 3
+    inputs = centers[labels] + torch.randn(60, *shape, generator=generator)
+    return (inputs[:40], labels[:40]), (inputs[40:], labels[40:])
+
+def flat(): return one_shape(12)
+def lines(): return one_shape(2, 9)
+def images(): return one_shape(2, 6, 6)
+def volumes(): return one_shape(2, 4, 4, 4)
+def tokens(): return tuple(((x[:, :7].abs() * 4).long().clamp(max=11), y) for x, y in flat())
+def sums(): return tuple((x, x.sum(1)) for x, _ in flat())
+def parts(): return tuple((x, x[:, :3].clone()) for x, _ in flat())
+def signs(): return tuple((x, (x[:, :3] > 0).float()) for x, _ in flat())
+
+def closeness(outputs, targets): return -F.mse_loss(outputs, targets)
+def agreement(outputs, targets): return ((outputs > 0) == (targets > 0)).float().mean()
+"""
+
+
+@pytest.fixture
+def layers_py(tmp_path):
+    (tmp_path / "layers.py").write_text(LAYERS)
+    return f"{tmp_path}/layers.py"
+
+
+@pytest.mark.parametrize("name", ["Lazy", "lazy", "cached"])
+def test_lazy_layers_take_their_sizes_from_the_data(layers_py, name):
+    source = models.source(f"{layers_py}:{name}", {}, example=torch.zeros(2, 5, 8, 8), outputs=None)
+    first, again, other = source.new(1), source.new(1), source.new(2)
+    assert shapes(first)["conv.weight"] == (8, 5, 3, 3) and shapes(first)["head.weight"] == (3, 8 * 6 * 6)
+    for key, value in models.state_of(first).items():
+        assert torch.equal(value, models.state_of(again)[key])
+    assert not torch.equal(first.head.weight, other.head.weight)
+    assert int(first.norm.num_batches_tracked) == 0 and first.training
+
+
+def test_lazy_layers_without_data_are_an_error(layers_py):
+    with pytest.raises(TicketfindError, match=r"model: conv.weight takes its size .*, and there are none; give --data"):
+        new(f"{layers_py}:Lazy", input_shape=None)
+    with pytest.raises(TicketfindError, match=r"sizing conv.weight by the data's inputs failed: RuntimeError"):
+        new(f"{layers_py}:Lazy", input_shape=(3,))
+
+
+def test_a_module_that_cannot_be_copied_is_named(layers_py):
+    with pytest.raises(
+        TicketfindError, match=r"expected a module that copy.deepcopy can copy, found Uncopied: TypeErr"
+    ):
+        new(f"{layers_py}:Uncopied")
+
+
+def test_half_precision_is_trained_in_float32(layers_py):
+    assert {p.dtype for p in new(f"{layers_py}:Plain", {"half": True}).parameters()} == {torch.float32}
+
+
+# ------------------------------------------------------------------------- whole searches, as a user types them
+
+SEARCH = ["--iterations", "9", "--batch-size", "8", "--rounds", "2", "--prune", "0.4", "--rewind", "2it", "--json",
+          "--replicates", "1", "--engine", "eager", "--set", "train.eval_every=9", "--tolerance", "100"]  # fmt: skip
+REGRESSION = ["--loss", "torch.nn.functional:mse_loss", "--metric", "layers.py:closeness"]
+MULTILABEL = ["--loss", "torch.nn.functional:binary_cross_entropy_with_logits", "--metric", "layers.py:agreement"]
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "data", "more", "masked"),
+    [
+        ("Lazy", {"width": 6}, "images", [], ["conv.weight", "head.weight"]),
+        ("Parametrized", {"by": "weight_norm"}, "flat", [], ["body.parametrizations.weight.original1", "head.weight"]),
+        ("Parametrized", {"by": "spectral_norm"}, "flat", [], ["body.parametrizations.weight.original", "head.weight"]),
+        ("Parametrized", {"by": "orthogonal"}, "flat", [], ["head.weight"]),  # no zeros in it
+        ("Old", {}, "flat", [], ["body.weight_v", "head.weight"]),
+        ("OldRecurrent", {}, "flat", ["--prune", "0.2"], ["body.weight_hh_l0_v", "body.weight_ih_l0", "head.weight"]),
+        ("Tokens", {"kind": "LSTM"}, "tokens", [], ["body.weight_hh_l0", "body.weight_ih_l0", "head.weight"]),
+        ("Tokens", {"kind": "GRU"}, "tokens", ["--skip", "*_hh_*"], ["body.weight_ih_l0", "head.weight"]),
+        ("Tokens", {"kind": "RNN"}, "tokens", ["--prune-only", "embed.*"], ["embed.weight"]),
+        ("Tokens", {"kind": "normed LSTM"}, "tokens", ["--prune", "0.2"],
+         ["body.parametrizations.weight_hh_l0.original1", "body.weight_ih_l0", "head.weight"]),
+        ("Tokens", {"kind": "attention"}, "tokens", [], ["body.in_proj_weight", "body.out_proj.weight", "head.weight"]),
+        ("Tokens", {"kind": "cross attention"}, "tokens", ["--scope", "layer"],
+         [*(f"body.{p}_proj_weight" for p in "kqv"), "body.out_proj.weight", "head.weight", "memory.weight"]),
+        ("Tokens", {"kind": "transformer"}, "tokens", [],
+         ["body.linear1.weight", "body.linear2.weight", "body.self_attn.in_proj_weight",
+          "body.self_attn.out_proj.weight", "head.weight"]),
+        ("Cell", {"kind": "LSTMCell"}, "flat", [], ["body.weight_hh", "body.weight_ih", "head.weight"]),
+        ("Cell", {"kind": "GRUCell"}, "flat", [], ["body.weight_hh", "body.weight_ih", "head.weight"]),
+        ("Tied", {}, "flat", [], ["encode.weight", "head.weight"]),
+        ("Convolved", {"dims": 1}, "lines", [], ["body.weight", "head.weight"]),
+        ("Convolved", {"dims": 3}, "volumes", ["--prune", "*=0.3", "--prune", "head.*=0"],
+         ["body.weight", "head.weight"]),
+        ("Plain", {"kind": "tuple"}, "flat", [], ["body.weight", "head.weight"]),
+        ("Plain", {"kind": "dict"}, "flat", [], ["body.weight", "head.weight"]),
+        ("Plain", {"kind": "object"}, "flat", [], ["body.weight", "head.weight"]),
+        ("Plain", {"half": True}, "flat", [], ["body.weight", "head.weight"]),
+        ("Plain", {"outputs": 3}, "parts", REGRESSION, ["body.weight", "head.weight"]),
+        ("Plain", {"outputs": 1, "kind": "squeezed"}, "sums", REGRESSION, ["body.weight", "head.weight"]),
+        ("Plain", {"outputs": 3}, "signs", MULTILABEL, ["body.weight", "head.weight"]),
+    ],
+)  # fmt: skip
+def test_a_search_ends_with_exact_zeros_and_a_ticket_for_a_fresh_model(
+    layers_py, command, name, args, data, more, masked
+):
+    spec = f"{layers_py}:{name}"
+    given = [word for key, value in args.items() for word in ("--model-arg", f"{key}={json.dumps(value)}")]
+    found = command("search", "--model", spec, *given, "--data", f"layers.py:{data}", *SEARCH, *more).json
+    assert [entry["round"] for entry in found["rounds"]] == [0, 1, 2]
+    command("export", "--round", "2", "-o", "t.safetensors")
+    ticket = load_ticket("t.safetensors")
+    assert {*ticket.masks} == {*masked}
+    assert masks.remaining(ticket.masks) == found["rounds"][2]["remaining"] < 0.7
+
+    example = batch_of(layers_py, data)
+    model = models.source(spec, args, example=example, outputs=None).new(77)
+    ticket.apply(model)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    ticket.hold(model, optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        predictions(model(example)).square().mean().backward()
+        optimizer.step()
+    parameters = dict(model.named_parameters())
+    for key, mask in ticket.masks.items():
+        assert not parameters[key][~mask].any() and parameters[key][mask].any()
+        effective = effective_weight(model, key)
+        assert effective.shape == mask.shape and not effective[~mask].any() and effective[mask].all()
+
+
+def batch_of(layers_py, data):
+    return load_object(f"{layers_py}:{data}", "data")()[0][0][:8]
+
+
+def effective_weight(model, key):
+    """What the layer multiplies with, where that is not the parameter itself."""
+    place, _, last = key.rpartition(".")
+    if last in ("original", "original1"):
+        place, _, last = place.replace("parametrizations.", "").rpartition(".")
+    return getattr(model.get_submodule(place), last.removesuffix("_v"))
+
+
+def test_tied_weights_are_one_mask_in_every_file(layers_py, command):
+    assert command("search", "--model", "layers.py:Tied", "--data", "layers.py:flat", *SEARCH).code == 0
+    for form in ("ticket", "compact", "dense", "torch-prune"):
+        assert command("export", "--round", "2", "--format", form, "-o", f"{form}.safetensors").code == 0
+    ticket, compact = load_ticket("ticket.safetensors"), load_ticket("compact.safetensors")
+    mask = ticket.masks["encode.weight"]
+    assert ticket.about.aliases == compact.about.aliases == {"decode.weight": "encode.weight"}
+    dense = load_file("dense.safetensors")
+    assert torch.equal(dense["decode.weight"], dense["encode.weight"]) and not dense["decode.weight"][~mask].any()
+    model, same = new(f"{layers_py}:Tied"), new(f"{layers_py}:Tied")
+    ticket.apply(model)
+    same.load_state_dict(dense)
+    assert model.decode.weight is model.encode.weight
+    assert torch.equal(model.encode.weight, same.encode.weight) and torch.equal(
+        model.encode.weight, dense["encode.weight"]
+    )
+    compact.apply(same)
+    assert torch.equal(same.decode.weight, dense["encode.weight"])
+    pruned = load_file("torch-prune.safetensors")
+    assert torch.equal(pruned["decode.weight_orig"] * pruned["decode.weight_mask"], dense["decode.weight"])
+    judged = command("eval", "ticket.safetensors", "--trust", "--trials", "2", "--json").json
+    assert judged["arms"]["ticket"]["replicates"] == 2
+
+
+@pytest.mark.parametrize("name", ["Parametrized", "Old"])
+def test_a_weight_norm_that_would_divide_by_zero_is_named(layers_py, command, name):
+    given = ["--model-arg", "by=weight_norm"] if name == "Parametrized" else []
+    words = ["search", "--model", f"layers.py:{name}", *given, "--data", "layers.py:flat", *SEARCH, "--prune", "0.9"]
+    done = command(*words)
+    assert done.code == 1 and "Traceback" not in done.err
+    assert "a whole row of body." in done.err and "is pruned, whose length weight_norm divides by" in done.err
+    assert command(*words, "--skip", "body.*", "--out", "other").code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "layers.py:Plain", "--model-arg", "outputs=1", "--data", "layers.py:sums", *REGRESSION],
+         "failed on outputs ([2, 1] float32) and targets ([2] float32): UserWarning: Using a target size"),
+        (["--model", "layers.py:Plain", "--model-arg", "widht=1", "--data", "layers.py:flat"],
+         "building it with widht=1 failed: TypeError: Plain.__init__() got an unexpected keyword argument 'widht'"),
+        (["--model", "torch.nn:LayerNorm", "--model-arg", "normalized_shape=12", "--data", "layers.py:flat"],
+         "expected a parameter to prune, found none"),
+        (["--model", "torch.nn:Identity", "--data", "layers.py:flat"], "expected a parameter to prune, found none"),
+        (["--model", "layers.py:Convolved", "--model-arg", "dims=2", "--data", "layers.py:flat"],
+         "cannot take layers.py:flat's inputs ([2, 12] float32): RuntimeError"),
+        (["--model", "layers.py", "--data", "layers.py:flat"], "module:factory or file.py:factory"),
+    ],
+)  # fmt: skip
+def test_models_that_do_not_fit_are_one_line(layers_py, command, words, message):
+    done = command("search", *words, *SEARCH)
+    assert done.code == 1 and message in done.err
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1
+
+
+def test_a_method_chain_of_a_package_on_the_current_path(tmp_path, command):
+    (tmp_path / "hub42").mkdir()
+    (tmp_path / "hub42" / "__init__.py").write_text("from .auto import AutoModel\n")
+    (tmp_path / "hub42" / "auto.py").write_text(
+        "from torch import nn\n"
+        "class AutoModel:\n"
+        "    @classmethod\n"
+        "    def from_config(cls, hidden, num_classes=2):\n"
+        "        return nn.Sequential(nn.Flatten(), nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))\n"
+    )
+    words = ["--model", "hub42:AutoModel.from_config", "--model-arg", "hidden=6", "--data", "digits", *SEARCH]
+    assert [entry["round"] for entry in command("search", *words).json["rounds"]] == [0, 1, 2]
+    (run,) = tmp_path.glob("runs/hub42*digits")
+    assert load_file(run / "init" / "0.safetensors")["3.weight"].shape == (10, 6)
