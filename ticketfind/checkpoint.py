@@ -111,7 +111,7 @@ def _entry(found: Any, key: str, path: Path) -> Mapping[str, Any]:
     """The entry at `key`; of a flat file those whose names begin with it."""
     inner = found
     for part in key.split("."):
-        inner = inner.get(part) if isinstance(inner, Mapping) else None
+        inner = {str(name): value for name, value in inner.items()}.get(part) if isinstance(inner, Mapping) else None
     if isinstance(inner, Mapping):
         return _unwrap(inner)
     entries = found.items() if isinstance(found, Mapping) else ()
