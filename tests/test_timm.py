@@ -3,11 +3,10 @@
 The sweep takes all of timm's families; here are small members, or members made small, at sizes known to work.
 """
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-from timm_sweep import SIZES, Report, check, markdown, put_into, smallest, smallest_images, totals
+from timm_sweep import SIZES, Report, check, markdown, put_into, smallest_images, survey, totals
 
 SAMPLE: list[tuple[str, dict[str, Any], int, set[str]]] = [
     ("test_resnet", {}, 32, {"conv", "linear"}),
@@ -54,9 +53,15 @@ def test_a_head_that_starts_near_zero_is_pruned_layer_by_layer(tmp_path, monkeyp
     assert any("no weight is left in head.weight" in note for note in report.notes)
 
 
-def test_the_smallest_member_and_the_smallest_images():
-    assert smallest("shvit") == "shvit_s1"
+def test_the_smallest_images():
     assert smallest_images("crossvit_tiny_240", {"depth": [[1, 1, 0]]}) == next(s for s in SIZES if s >= 120)
+
+
+def test_members_are_counted_without_being_run():
+    plain, *_, gathered = survey("resnetv2")
+    assert (plain.member, gathered.member) == ("resnetv2_18", "resnetv2_152x4_bit")
+    assert (plain.standardized, gathered.standardized) == (0, 50 * 3 + 4 + 1)  # 50 blocks, 4 downsamplings, the stem
+    assert all(0.99 < report.prunable / report.parameters < 1 for report in (plain, gathered))
 
 
 def test_the_table_is_put_into_its_page(tmp_path):

@@ -2,9 +2,9 @@
 
     python tests/timm_sweep.py [--family NAME ...] [--jobs 1] [--limit 300] [--json FILE] [--markdown FILE]
 
-A family is a module of timm.models. Its member with the fewest parameters is built as ticketfind builds it, for the
-smallest images that it takes; then a real search of one round is checked step by step (`check` says what). Each family
-has a process of its own, which is ended after --limit seconds. Exits with 1 if a family failed.
+A family is a module of timm.models. Its member with the fewest parameters (and those of `FURTHER`) is built as
+ticketfind builds it, for the smallest images that it takes; then a real search of one round is checked step by step
+(`check` says what). Each has a process of its own, which is ended after --limit seconds. Exits with 1 if one failed.
 """
 
 import argparse
@@ -29,7 +29,6 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ticketfind import TicketfindError, engine, masks, models, outputs, search
 from ticketfind.batches import Data, Split
@@ -49,6 +48,23 @@ SHRUNK: dict[str, dict[str, Any]] = {
     "gemma4_vit_167m": {"depth": 2},
 }
 """Arguments for the members that are too large for a sweep even as the smallest of their family."""
+
+FURTHER = {
+    "botnet26t_256": "attention with relative positions among convolutions",
+    "deit_tiny_distilled_patch16_224": "two heads, for distillation",
+    "efficientvim_m1_dist": "heads at several depths",
+    "ese_vovnet39b_evos": "EvoNorm",
+    "fastvit_mci0": "branches that are merged for inference",
+    "lambda_resnet26t": "lambda layers",
+    "mixnet_s": "kernels of several sizes in one layer",
+    "mobileone_s0": "branches that are merged for inference",
+    "pit_ti_distilled_224": "two heads, for distillation",
+    "resnetv2_50x1_bit": "standardized convolutions",
+    "test_vit3": "register tokens, attention pooling",
+    "tf_efficientnet_cc_b0_4e": "convolutions mixed from experts (CondConv)",
+    "vit_dpwee_patch16_reg1_gap_256": "attention and MLP side by side, each twice",
+}
+"""Members that are taken beside the smallest ones, and for what."""
 
 State = dict[str, Tensor]
 
@@ -86,41 +102,27 @@ class Report:
     """The most that the process held, in bytes."""
     error: str | None = None
     """What failed; None for a pass."""
+    members: int = 0
+    """Of the family."""
+    standardizing: list[str] = field(default_factory=list)
+    """Members with `standardized` tensors."""
+    little: dict[str, float] = field(default_factory=dict)
+    """Members of whose parameters less than 90 % can be pruned -> that share."""
 
 
 # ------------------------------------------------------------------------------------------ which member
 
 
-class _TooLarge(Exception):
-    pass
-
-
-def smallest(family: str) -> str:
-    """The member of `family` with the fewest parameters, counted without memory for them."""
-    fewest, chosen = math.inf, ""
-    registered = 0
-
-    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal registered
-        registered += 0 if parameter is None else parameter.numel()
-        if registered > 2 * fewest:  # parameters may be registered and then replaced
-            raise _TooLarge
-
-    hook = register_module_parameter_registration_hook(count)
-    try:
-        for name in timm.list_models(module=family):
-            registered = 0
-            try:
-                with torch.device("meta"):
-                    model = timm.create_model(name)
-            except _TooLarge:
-                continue
-            parameters = sum(parameter.numel() for parameter in model.parameters())
-            if parameters < fewest:
-                fewest, chosen = parameters, name
-    finally:
-        hook.remove()
-    return chosen
+def survey(family: str) -> list[Report]:
+    """What can be pruned in each member of `family`, as large as it comes; without memory for weights."""
+    reports = []
+    for name in timm.list_models(module=family):
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        report = Report(family=family, member=name, args={})
+        _describe(report, model)
+        reports.append(report)
+    return reports
 
 
 def smallest_images(member: str, args: Mapping[str, Any]) -> int:
@@ -131,7 +133,7 @@ def smallest_images(member: str, args: Mapping[str, Any]) -> int:
         try:
             model = models.source(member, args, example=images, outputs=CLASSES).new(0)
             loss = outputs.cross_entropy(model.train()(images), torch.arange(BATCH))
-            loss.backward()
+            torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
             with torch.no_grad():
                 scores = outputs.predictions(model.eval()(images))
             assert scores.shape == (BATCH, CLASSES), f"outputs of shape {tuple(scores.shape)}"
@@ -374,8 +376,17 @@ def _one_channel(report: Report) -> str:
 
 
 def check_family(family: str) -> Report:
-    """`check` of the smallest member, in a temporary folder, which is the working directory meanwhile."""
-    member = smallest(family)
+    """`check` of the smallest member, and what there is to say of all of them."""
+    every = survey(family)
+    report = check_member(family, min(every, key=lambda one: one.parameters).member)
+    report.members = len(every)
+    report.standardizing = [one.member for one in every if one.standardized]
+    report.little = {one.member: share for one in every if (share := one.prunable / one.parameters) < 0.9}
+    return report
+
+
+def check_member(family: str, member: str) -> Report:
+    """`check` in a temporary folder, which is the working directory meanwhile."""
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # runs/latest is made here
         try:
@@ -384,11 +395,15 @@ def check_family(family: str) -> Report:
             os.chdir("/")
 
 
-def sweep(families: Sequence[str], *, jobs: int, limit: float) -> Iterator[Report]:
-    """A report of each family, as they are finished; `jobs` at a time, each in a process of its own."""
+Item = tuple[str, str]
+"""A family, and the member to take; the smallest where that is empty."""
+
+
+def sweep(items: Sequence[Item], *, jobs: int, limit: float) -> Iterator[Report]:
+    """A report of each item, as they are finished; `jobs` at a time, each in a process of its own."""
     context = multiprocessing.get_context("fork")  # torch and timm are imported already
-    waiting = list(families)
-    running: dict[Connection, tuple[str, multiprocessing.context.ForkProcess, float]] = {}
+    waiting = list(items)
+    running: dict[Connection, tuple[Item, multiprocessing.context.ForkProcess, float]] = {}
     while waiting or running:
         while waiting and len(running) < jobs:
             receiving, sending = context.Pipe(duplex=False)
@@ -397,12 +412,12 @@ def sweep(families: Sequence[str], *, jobs: int, limit: float) -> Iterator[Repor
             sending.close()
             running[receiving] = (waiting.pop(0), process, time.monotonic())
         ready = wait(list(running), timeout=1.0)
-        for connection, (family, process, began) in list(running.items()):
+        for connection, (item, process, began) in list(running.items()):
             seconds = time.monotonic() - began
             if connection in ready:
-                yield _received(connection, family, process)
+                yield _received(connection, item, process)
             elif seconds > limit:
-                yield Report(family=family, member="", args={}, seconds=seconds, error=f"not done in {limit:.0f} s")
+                yield _failed(item, f"not done in {limit:.0f} s")
             else:
                 continue
             process.kill()
@@ -411,21 +426,26 @@ def sweep(families: Sequence[str], *, jobs: int, limit: float) -> Iterator[Repor
             del running[connection]
 
 
-def _received(connection: Connection, family: str, process: multiprocessing.context.ForkProcess) -> Report:
+def _received(connection: Connection, item: Item, process: multiprocessing.context.ForkProcess) -> Report:
     try:
         return Report(**connection.recv())
     except EOFError:
         process.join()
-        return Report(family=family, member="", args={}, error=f"the process ended with code {process.exitcode}")
+        return _failed(item, f"the process ended with code {process.exitcode}")
 
 
-def _child(sending: Connection, family: str, threads: int) -> None:
+def _failed(item: Item, error: str) -> Report:
+    return Report(family=item[0], member=item[1] or "?", args={}, error=error)
+
+
+def _child(sending: Connection, item: Item, threads: int) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
+    family, member = item
     try:
-        found = check_family(family)
+        found = check_member(family, member) if member else check_family(family)
     except Exception as error:
-        found = Report(family=family, member="", args={}, error=f"{type(error).__name__}: {error}")
+        found = _failed(item, f"{type(error).__name__}: {error}")
     sending.send(asdict(found))
 
 
@@ -437,7 +457,7 @@ def _cells(report: Report) -> list[str]:
     share = f"{report.prunable / report.parameters:.1%}" if report.parameters else ""
     return [
         report.family,
-        report.member + args,
+        report.member + args + (f" ({FURTHER[report.member]})" if report.member in FURTHER else ""),
         f"{report.parameters:,}",
         share,
         ", ".join(f"{count} {kind}" for kind, count in report.kinds.items()),
@@ -450,10 +470,14 @@ _HEADINGS = ["family", "member", "parameters", "prunable", "tensors pruned", "pi
 
 
 def totals(reports: Sequence[Report]) -> str:
-    """The count, and a line for each failure."""
-    failed = [report for report in reports if report.error]
-    lines = [f"{len(reports)} families tried, {len(reports) - len(failed)} passed, {len(failed)} failed"]
-    return "\n".join([*lines, *(f"- {r.family} ({r.member}): {r.error}" for r in failed)])
+    """The counts, and a line for each failure."""
+    further = [report for report in reports if report.member in FURTHER]
+    families = [report for report in reports if report.member not in FURTHER]
+    lines = []
+    for what, some in (("families", families), ("further members", further)):
+        failed = sum(report.error is not None for report in some)
+        lines += [f"{len(some)} {what} tried, {len(some) - failed} passed, {failed} failed"] if some else []
+    return "\n".join(["; ".join(lines), *(f"- {r.family} ({r.member}): {r.error}" for r in reports if r.error)])
 
 
 def markdown(reports: Sequence[Report]) -> str:
@@ -465,19 +489,33 @@ def markdown(reports: Sequence[Report]) -> str:
     def row(cells: Sequence[str]) -> str:
         return f"| {' | '.join(cells)} |"
 
-    def families(wanted: Callable[[Report], bool]) -> str:
-        return ", ".join(report.family for report in reports if wanted(report)) or "none"
+    def members(wanted: Callable[[Report], bool]) -> str:
+        return ", ".join(report.member for report in reports if wanted(report)) or "none"
 
+    def some(members: Sequence[str], report: Report) -> str:
+        return f"{report.family} (all {report.members})" if len(members) == report.members else ", ".join(members)
+
+    standardizing = [some(report.standardizing, report) for report in reports if report.standardizing]
+    little = [f"{member} ({share:.0%})" for report in reports for member, share in report.little.items()]
     return "\n".join(
         [
             f"{versions}: {totals(reports)}",
             "",
-            f"- not for images of one channel: {families(lambda r: bool(r.one_channel))}",
-            f"- with standardized convolutions: {families(lambda r: bool(r.standardized))}",
-            f"- with tied parameters: {families(lambda r: bool(r.tied))}",
-            f"- with frozen parameters: {families(lambda r: bool(r.frozen))}",
-            f"- with pruned weights that no output depends on: {families(lambda r: bool(r.idle))}",
-            f"- pruned layer by layer: {families(lambda r: r.scope == 'layer')}",
+            "Of the members that were run:",
+            "",
+            f"- not for images of one channel: {members(lambda r: bool(r.one_channel))}",
+            f"- tied parameters: {members(lambda r: bool(r.tied))}",
+            f"- frozen parameters: {members(lambda r: bool(r.frozen))}",
+            f"- weights that can be pruned but on which no output depends: {members(lambda r: bool(r.idle))}",
+            f"- a layer left without a weight by the ranking over all layers:"
+            f" {members(lambda r: bool(r.notes) and r.scope == 'global')}",
+            f"- and no path left from input to output, so that layers were ranked one by one:"
+            f" {members(lambda r: r.scope == 'layer')}",
+            "",
+            f"Of all {sum(report.members for report in reports)} members of these families, counted and not run:",
+            "",
+            f"- convolutions that standardize their weight: {'; '.join(standardizing) or 'none'}",
+            f"- less than 90 % of the parameters can be pruned: {', '.join(little) or 'none'}",
             "",
             row(_HEADINGS),
             row(["---", "---", "---:", "---:", "---", "---:", "---"]),
@@ -504,19 +542,25 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="families at a time")
     parser.add_argument("--limit", type=float, default=300, help="seconds for a family")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports there")
-    parser.add_argument("--read", type=Path, metavar="FILE", help="take the reports of an earlier --json; run nothing")
+    parser.add_argument(
+        "--read", type=Path, metavar="FILE", help="reports of an earlier --json; run what is not there, or named"
+    )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the table into this page")
     options = parser.parse_args()
-    reports: list[Report] = []
-    if options.read:
-        reports = [Report(**report) for report in json.loads(options.read.read_text())]
-    else:
-        for report in sweep(options.family or timm.list_modules(), jobs=options.jobs, limit=options.limit):
-            reports.append(report)
-            print(" | ".join([*_cells(report), f"{report.seconds:.0f} s", report.error or ""]), flush=True)
-            if options.json:
-                options.json.write_text(json.dumps([asdict(report) for report in reports], indent=1))
-    reports.sort(key=lambda report: report.family)
+    earlier = json.loads(options.read.read_text()) if options.read else []
+    wanted = options.family or timm.list_modules()
+    items = [(family, "") for family in wanted]
+    items += [(family, member) for family in wanted for member in timm.list_models(module=family) if member in FURTHER]
+    fresh = set(options.family or ())
+    reports = [Report(**report) for report in earlier if report["family"] not in fresh]
+    known = {(report.family, report.member if report.member in FURTHER else "") for report in reports}
+    todo = [item for item in items if item not in known]
+    for report in sweep(todo, jobs=options.jobs, limit=options.limit):
+        reports.append(report)
+        print(" | ".join([*_cells(report), f"{report.seconds:.0f} s", report.error or ""]), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps([asdict(report) for report in reports], indent=1))
+    reports.sort(key=lambda report: (report.family, report.member in FURTHER))
     print(totals(reports))
     print("stacked: not yet, the engine has no stacked way")
     if options.markdown:
