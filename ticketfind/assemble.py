@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ticketfind import TicketfindError, checkpoint, data, engine, masks, models, trainers
-from ticketfind.batches import Data, Split
+from ticketfind.batches import Data
 from ticketfind.examples import TARGET_KEYS
 from ticketfind.outputs import OutputFn, accuracy, call, classes_last, cross_entropy, own_loss, predictions
 from ticketfind.recipe import Recipe, RecipeError
@@ -36,7 +36,7 @@ def assemble(recipe: Recipe, *, arms: int | None = None) -> tuple[Recipe, Task]:
     model = source.new(recipe.run.seed)
     if found is not None and isinstance(inputs, dict):
         found = found.select(_taken(model, recipe, inputs))
-    resident = None if found is None else isinstance(found.train, Split)
+    resident = None if found is None else found.is_resident
     way = engine.choose(
         recipe.run.engine,
         device,

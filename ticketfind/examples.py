@@ -171,8 +171,7 @@ def as_batch(raw: Any, what: str) -> Batch:
         raise TicketfindError(f"{what}: expected batches (inputs, targets) or dicts, found {type(raw).__name__}")
     inputs: dict[str, Tensor] = {}
     for name, value in raw.items():
-        is_flag = getattr(value, "dtype", None) == torch.bool
-        inputs[str(name)] = value if is_flag else formats.to_inputs(value, f"{what}: {name}")
+        inputs[str(name)] = _named_input(value, f"{what}: {name}")
     target = next((key for key in TARGET_KEYS if key in inputs), None)
     if target is None:
         raise TicketfindError(
@@ -181,3 +180,11 @@ def as_batch(raw: Any, what: str) -> Batch:
         )
     inputs[target] = formats.to_targets(raw[target], f"{what}: {target}")
     return inputs, inputs[target]
+
+
+def _named_input(value: Any, what: str) -> Tensor:
+    """As `formats.to_inputs`, but flags stay flags, and bytes are pixels in images only: a mask may be of bytes."""
+    found = formats.to_tensor(value, what)
+    if found.dtype == torch.bool:
+        return found
+    return formats.to_inputs(found.long() if found.dtype == torch.uint8 and found.ndim < 3 else found, what)

@@ -205,6 +205,8 @@ def image_settings(spec: str, args: Mapping[str, Any]) -> dict[str, Any]:
     channels = args.get("in_chans", config.input_size[0])
     size = args.get("img_size", list(config.input_size[1:]))
     found = {"size": size, "crop": config.crop_pct, "interpolation": config.interpolation, "channels": channels}
+    if config.crop_mode:
+        found["crop_mode"] = config.crop_mode
     if channels == len(config.mean):
         found |= {"mean": list(config.mean), "std": list(config.std)}
     return found
