@@ -118,7 +118,7 @@ def _judge_parametrized(module: nn.Module, attribute: str, made: nn.Module, orig
         return pruned, reason
     if _keeps_zeros(made, original):
         return True, f"{reason}, parametrized"
-    return False, f"{reason}, but a zero in it makes no zero in the parametrized weight"
+    return False, f"{reason}, parametrized; its zeros do not stay zeros"
 
 
 @torch.no_grad()

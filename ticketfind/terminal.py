@@ -33,12 +33,7 @@ class Screen:
         """Something for people."""
         if self.quiet or self.as_json:
             return
-        width = self.console.width
-        if isinstance(renderable, Table):  # never cut a number: let the terminal wrap
-            unbounded = self.console.options.update(max_width=1000)
-            self.console.width = max(width, self.console.measure(renderable, options=unbounded).maximum)
-        self.console.print(renderable, highlight=False, crop=False)
-        self.console.width = width
+        self.console.print(renderable, highlight=False, soft_wrap=isinstance(renderable, Text))  # nothing is cut
 
     def message(self, text: str) -> None:
         """A line about what goes on, escaped; with --json to stderr."""

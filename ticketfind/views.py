@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from ticketfind import layers, results
@@ -287,12 +287,12 @@ def _outlook_json(outlook: Outlook | None) -> dict[str, Any]:
     }
 
 
-def _candidates_table(found: Sequence["Candidate"]) -> Table:
+def _candidates_table(found: Sequence["Candidate"]) -> Text:
     rows = [(c.name, _shape(c.shape), "pruned" if c.pruned else "whole", c.reason) for c in found]
     return _table(("parameter", "shape", "", "why"), rows, left=4)
 
 
-def _rounds_table(kept: Sequence[int], iterations: Sequence[int] | None) -> Table:
+def _rounds_table(kept: Sequence[int], iterations: Sequence[int] | None) -> Text:
     rows = [
         (str(number), percent(n / kept[0]), f"{n:,}", *((f"{iterations[number]:,}",) if iterations else ()))
         for number, n in enumerate(kept)
@@ -332,11 +332,14 @@ def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Table:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Text:
     """A plain table: the first `left` columns to the left, the rest (numbers) to the right."""
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number < left else "right", no_wrap=True)
-    for row in rows:
-        made.add_row(*(escape(printable(cell.replace("\n", " "))) for cell in row))
-    return made
+    cells = [columns, *([printable(cell.replace("\n", " ")) for cell in row] for row in rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        blanks = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        pairs = enumerate(zip(row, blanks, strict=True))
+        lines.append("  ".join(cell + blank if n < left else blank + cell for n, (cell, blank) in pairs).rstrip())
+    head, *body = lines
+    return Text.assemble((head, "bold"), *(f"\n{line}" for line in body))
