@@ -450,7 +450,8 @@ def test_a_program_trains_without_data(rewind: str, run: Any, program: Callable[
 def test_what_failed_is_run_again_and_nothing_else(run: Any, program: Callable[..., str]) -> None:
     asked = ["search", "--model", "net.py:net", "--rounds", 1, "--replicates", 2, "--out", "run", "--train-command"]
     asked.append(program())
-    assert as_json(run(*asked, "--set", "prune.rounds=2", "--dry-run", "--json"))["iterations"] == 6
+    plan = as_json(run(*asked, "--set", "prune.rounds=2", "--dry-run", "--json"))
+    assert plan["iterations"] == 6 and plan["disk"] > 4 * 1480 * 2 * 3, "what the programs leave is counted"
     Path("fail").touch()
     assert run(*asked)[0] == 1 and not Path("run").exists(), "a search that fails at once leaves nothing"
     Path("fail").unlink()
@@ -523,10 +524,10 @@ def test_faults_of_programs_are_named(name: str, train_one: Callable[..., Outcom
 
 
 @posix
-def test_a_missing_rewind_point(train_one: Callable[..., Outcome], program: Callable[..., str]) -> None:
+def test_a_missing_rewind_point(train_one: Callable[..., Outcome], program: Callable[..., str], tmp_path: Path) -> None:
     assert train_one(trainers.by_command(program()), keep_at=10).kept is not None
     with pytest.raises(TicketfindError, match=r"expected the command to write .*rewind.safetensors"):
-        train_one(trainers.by_command(program()), keep_at=11, folder=Path("elsewhere").resolve())
+        train_one(trainers.by_command(program()), keep_at=11, folder=tmp_path / "elsewhere")
 
 
 @posix
@@ -718,7 +719,8 @@ def test_a_ticket_file_runs_no_trainer_unless_it_is_trusted(run: Any, tmp_path: 
               "--trainer", "loop.py:train", "--rounds", 1, "--tolerance", 100, "--out", "run")  # fmt: skip
     assert ran[0] == 0, ran[2]
     (tmp_path / "imported").unlink()
-    for name in [name for name in sys.modules if name.startswith("_ticketfind_user_loop")]:
+    loaded = [n for n, module in sys.modules.items() if getattr(module, "__file__", None) == str(tmp_path / "loop.py")]
+    for name in loaded:
         del sys.modules[name]
     ticket = ["eval", "run/ticket.safetensors", "--trials", 1, "--model", "net.py:small"]
     code, _, err = run(*ticket)
