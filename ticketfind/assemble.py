@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def assemble(recipe: Recipe, *, arms: int | None = None) -> tuple[Recipe, Task]:
         engine=way,
         resident=resident,
     )
-    given = _weights(recipe, recipe.model.checkpoint, model)
+    given = _weights(recipe, recipe.model.checkpoint, model, allow=recipe.model.allow_mismatch)
     with torch.no_grad():  # a move makes recurrent layers compute parametrized weights, which could not be copied
         model.to(device)
     task = Task(
@@ -109,15 +109,13 @@ class _Weights:
     dtype: str | None
 
 
-def _weights(recipe: Recipe, file: str | None, model: torch.nn.Module) -> _Weights:
+def _weights(recipe: Recipe, file: str | None, model: torch.nn.Module, *, allow: Sequence[str] = ()) -> _Weights:
     """The weights in a checkpoint file, under the model's names and in its types; none for no file."""
     if file is None:
         return _Weights({}, None)
     path = Path(file).expanduser()
     found = checkpoint.read(path, recipe.model.checkpoint_key)
-    matched = checkpoint.match(
-        found, models.state_of(model), allow=recipe.model.allow_mismatch, path=path, aliases=masks.aliases(model)
-    )
+    matched = checkpoint.match(found, models.state_of(model), allow=allow, path=path, aliases=masks.aliases(model))
     return _Weights(matched, checkpoint.dtype(found))
 
 
@@ -215,7 +213,9 @@ def _described(value: Any) -> str:
 def model_alone(recipe: Recipe) -> torch.nn.Module:
     """The recipe's network, sized by its factory's own defaults, with the checkpoint's weights if there is one."""
     model = models.source(recipe.model.spec, recipe.model.args).new(recipe.run.seed)
-    model.load_state_dict(_weights(recipe, recipe.model.checkpoint, model).weights, strict=False)
+    model.load_state_dict(
+        _weights(recipe, recipe.model.checkpoint, model, allow=recipe.model.allow_mismatch).weights, strict=False
+    )
     return model
 
 

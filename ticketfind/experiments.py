@@ -190,7 +190,8 @@ def verdict(arms: dict[str, Stats], remaining: float, *, tolerance: float | None
         if results.is_matching(arms[name], dense, results.tolerance(dense, tolerance, test_size))
     ]
     if equal:
-        return f"matching but not special: {figures}; so does {' and '.join(equal)} ({controls})"
+        verb = "does" if len(equal) == 1 else "do"
+        return f"matching but not special: {figures}; so {verb} {' and '.join(equal)} ({controls})"
     unclear = " and ".join(name for name in CONTROLS if name not in beaten)
     return f"inconclusive: {figures}; not clearly above {unclear} ({controls}), which more replicates may settle"
 
