@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from timm_sweep import SIZES, Report, check, markdown, put_into, smallest_images, survey, totals
 
+from ticketfind.masks import SCORES
+
 SAMPLE: list[tuple[str, dict[str, Any], int, set[str]]] = [
     ("test_resnet", {}, 32, {"conv", "linear"}),
     ("test_vit", {}, 32, {"conv", "linear"}),
@@ -46,10 +48,26 @@ def test_a_failure_is_a_report_and_not_an_error(tmp_path):
     assert "1 families tried, 0 passed, 1 failed\n-  (efficientformer_l1): round 0" in totals([report])
 
 
+@pytest.mark.parametrize(
+    ("target", "replacement", "message"),
+    [
+        ("ticketfind.engine.masked", lambda start, masks: dict(start), "does not start at the rewind point"),
+        ("ticketfind.engine.Lane.state", lambda lane: lane._model.state_dict(), "the rewind point is not the init"),
+        ("ticketfind.ticket.Ticket.weights", lambda ticket: ticket.init, "the ticket file gives another model"),
+        ("timm_sweep.SCORES", {"magnitude": SCORES["random"]}, "is pruned, one of"),
+    ],
+)
+def test_what_is_wrong_is_found(target, replacement, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(target, replacement)
+    assert message in str(check("test_resnet", tmp_path, size=32).error)
+
+
 def test_a_head_that_starts_near_zero_is_pruned_layer_by_layer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     report = check("vit_tiny_patch16_224", tmp_path, args={"depth": 1, "embed_dim": 24, "weight_init": "jax"}, size=32)
     assert (report.error, report.scope) == (None, "layer")
+    assert report.prunable == 16 * 16 * 3 * 24 + (3 + 1 + 4 + 4) * 24 * 24 + 24 * 7  # patches, block, head
     assert any("no weight is left in head.weight" in note for note in report.notes)
 
 

@@ -1,6 +1,6 @@
 """One small member of every family of timm, through a search and back from its files.
 
-    python tests/timm_sweep.py [--family NAME ...] [--jobs 1] [--limit 300] [--json FILE] [--markdown FILE]
+    python tests/timm_sweep.py [--family NAME ...] [--jobs 1] [--limit 600] [--json FILE] [--markdown FILE]
 
 A family is a module of timm.models. Its member with the fewest parameters (and those of `FURTHER`) is built as
 ticketfind builds it, for the smallest images that it takes; then a real search of one round is checked step by step
@@ -287,6 +287,7 @@ def _describe(report: Report, model: nn.Module) -> None:
     """Count what is pruned, by kind, and what is not."""
     kinds: Counter[str] = Counter()
     whole: Counter[str] = Counter()
+    report.parameters = report.prunable = report.standardized = report.frozen = 0
     for candidate in masks.candidates(model):
         weights = math.prod(candidate.shape)
         report.parameters += weights
@@ -540,7 +541,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", nargs="+", choices=timm.list_modules(), metavar="NAME", help="these only")
     parser.add_argument("--jobs", type=int, default=1, help="families at a time")
-    parser.add_argument("--limit", type=float, default=300, help="seconds for a family")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for a family")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports there")
     parser.add_argument(
         "--read", type=Path, metavar="FILE", help="reports of an earlier --json; run what is not there, or named"
