@@ -352,7 +352,10 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-_ERROR = re.compile(r"(\[rank\d+\]: ?)?[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b.*")
+_ERROR = re.compile(
+    r"(\[rank\d+\]: ?)?[A-Za-z_][\w.]*(?<!ChildFailed)(Error|Exception|Interrupt)\b|terminate called|Segmentation fault"
+)
+"""What an error begins with, other than torchrun's on the processes that it runs."""
 
 
 def _last_of(log: Path, lines: int = 20, kept: int = 2**20) -> str:
