@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ticketfind
-from ticketfind import TicketfindError, cli, supervise, trainers
+from ticketfind import TicketfindError, cli, commands, supervise, trainers
 from ticketfind.batches import Order
 from ticketfind.recipe import Recipe, Train
 from ticketfind.results import Round
@@ -477,7 +477,7 @@ def test_tied_weights_are_masked_under_every_name(train_one: Callable[..., Outco
         + "open(out + '/metrics.json', 'w').write('{\"accuracy\": 0.5}')\n"
     )
     command = f"'{sys.executable}' '{program}' {{init}} {{mask}} {{out}} 0 0 0 0"
-    found = train_one(trainers.by_command(command), "tied")
+    found = train_one(commands.by_command(command), "tied")
     assert torch.equal(found.final["encode.weight"], found.final["decode.weight"])
 
 
@@ -515,7 +515,7 @@ def test_faults_of_programs_are_named(name: str, train_one: Callable[..., Outcom
     (tmp_path / "bad.py").write_text(source)
     command = f"'{sys.executable}' '{tmp_path / 'bad.py'}' {{init}} {{mask}} {{out}}"
     with pytest.raises(TicketfindError) as found:
-        train_one(trainers.by_command(command))
+        train_one(commands.by_command(command))
     assert str(found.value).startswith("round 1, replicate 0: ") or name == "no tensors"
     assert text in str(found.value) and len(str(found.value)) < 8000
     assert name != "much output" or str(found.value).endswith("299\n  20%")
@@ -525,9 +525,9 @@ def test_faults_of_programs_are_named(name: str, train_one: Callable[..., Outcom
 
 @posix
 def test_a_missing_rewind_point(train_one: Callable[..., Outcome], program: Callable[..., str], tmp_path: Path) -> None:
-    assert train_one(trainers.by_command(program()), keep_at=10).kept is not None
+    assert train_one(commands.by_command(program()), keep_at=10).kept is not None
     with pytest.raises(TicketfindError, match=r"expected the command to write .*rewind.safetensors"):
-        train_one(trainers.by_command(program()), keep_at=11, folder=tmp_path / "elsewhere")
+        train_one(commands.by_command(program()), keep_at=11, folder=tmp_path / "elsewhere")
 
 
 @posix
@@ -547,26 +547,26 @@ def test_a_missing_rewind_point(train_one: Callable[..., Outcome], program: Call
 )
 def test_commands_that_cannot_be_filled_in(command: str, text: str) -> None:
     with pytest.raises(TicketfindError, match=r"train\.command: expected") as found:
-        trainers.by_command(command)
+        commands.by_command(command)
     assert text.split(".*")[0] in str(found.value) and text.split(".*")[-1] in str(found.value)
 
 
 @posix
 def test_programs_that_are_not_there(train_one: Callable[..., Outcome], tmp_path: Path) -> None:
     with pytest.raises(TicketfindError, match=r"found none called A=1 \(no shell reads the command; sh -c"):
-        train_one(trainers.by_command("A=1 python {out}"))
+        train_one(commands.by_command("A=1 python {out}"))
     script = tmp_path / "script"
     script.write_text("no program")
     script.chmod(0o755)
     with pytest.raises(TicketfindError, match=r"(?s)exit code 127; .*cannot run .*script: Exec format error"):
-        train_one(trainers.by_command(f"{script} {{out}}"))
+        train_one(commands.by_command(f"{script} {{out}}"))
 
 
 @posix
 def test_braces_and_numbers_in_a_command(train_one: Callable[..., Outcome], tmp_path: Path) -> None:
     with pytest.raises(TicketfindError, match="exit code 1") as found:
         train_one(
-            trainers.by_command(
+            commands.by_command(
                 f"'{sys.executable}' -c 'import sys; sys.exit(str(sys.argv))' {{out}} {{seed:04}} {{{{x}}}}"
             )
         )
@@ -593,7 +593,7 @@ def test_a_stop_ends_all_that_the_command_has_started(train_one: Callable[..., O
             raise Stopped(signal.SIGINT)
 
     with pytest.raises(Stopped):
-        train_one(trainers.by_command(python(SPAWN + "time.sleep(300)")), tick=stop_once_it_runs)
+        train_one(commands.by_command(python(SPAWN + "time.sleep(300)")), tick=stop_once_it_runs)
     assert gone([*map(int, pids.read_text().split())])
     assert not (pids.parent / "exit-code").exists(), "it has not finished"
 
@@ -601,7 +601,7 @@ def test_a_stop_ends_all_that_the_command_has_started(train_one: Callable[..., O
 @posix
 def test_what_a_failed_command_leaves_running_is_ended(train_one: Callable[..., Outcome], tmp_path: Path) -> None:
     with pytest.raises(TicketfindError, match="exit code 5"):
-        train_one(trainers.by_command(python(SPAWN + "sys.exit(5)")))
+        train_one(commands.by_command(python(SPAWN + "sys.exit(5)")))
     assert gone([*map(int, (tmp_path / "arms/round-1-replicate-0/pids").read_text().split())])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ticketfind import TicketfindError, checkpoint, data, engine, masks, models, trainers
+from ticketfind import TicketfindError, checkpoint, commands, data, engine, masks, models, trainers
 from ticketfind.batches import Data
 from ticketfind.examples import TARGET_KEYS
 from ticketfind.outputs import OutputFn, accuracy, call, classes_last, cross_entropy, own_loss, predictions
@@ -122,7 +122,7 @@ def _weights(recipe: Recipe, file: str | None, model: torch.nn.Module, *, allow:
 def _trainer(recipe: Recipe) -> Trainer | None:
     how = recipe.train
     if how.command is not None:
-        return trainers.by_command(how.command)
+        return commands.by_command(how.command)
     return trainers.by_function(_function(how.trainer, "trainer")) if how.trainer is not None else None
 
 

@@ -105,7 +105,7 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
     memory = 4 * at_once * (parameters * (2 + optimizer_slots) + kept[0])
     starts = replicates * (len(kept) if moves else 1)
     disk = 4 * parameters * (starts + 1) + kept[0] * (replicates * (len(kept) - 1) + 1)
-    if recipe.train.command is not None:  # what it writes is kept, see trainers.by_command
+    if recipe.train.command is not None:  # what it writes is kept, see commands.by_command
         disk += 4 * parameters * replicates * (measured + (rewind > 0))
     return Plan(candidates, groups, kept, rewind, moves, iterations, measured, memory, disk)
 
