@@ -6,6 +6,7 @@ import torch
 from ticketfind import TicketfindError, assemble, masks, models
 from ticketfind.layers import from_layers
 from ticketfind.recipe import RecipeError
+from ticketfind.train import is_disconnected
 
 USER = """
 import torch
@@ -115,15 +116,15 @@ def test_looking_whether_model_and_data_fit_changes_neither_statistics_nor_gener
     ("settings", "message"),
     [
         ({"data_spec": None}, "data.spec: expected the data to train on; give --data"),
-        ({"data_spec": "digits"}, "expected an output for each of digits's labels 0 to 9, found outputs of shape (3,)"),
-        ({"model_args": {"outputs": 2}}, "labels 0 to 2, found outputs of shape (2,)"),
-        ({"model_spec": "user:Draws"}, "labels 0 to 2, found outputs of shape (1, 3)"),
+        ({"data_spec": "digits"}, "each of digits's labels 0 to 9, found outputs of shape [2, 3]"),
+        ({"model_args": {"outputs": 2}}, "labels 0 to 2, found outputs of shape [2, 2]"),
+        ({"model_spec": "user:Draws"}, "found outputs of shape [2, 1, 3] for targets of shape [2]"),
         ({"model_spec": "conv-2", "data_spec": "digits", "model_args": {"input_shape": [3, 8, 8]}},
          "model 'conv-2': cannot take digits's inputs ([2, 1, 8, 8] float32)"),
-        ({"data_spec": "user:values"}, "expected class labels (whole numbers) for cross-entropy, found"
+        ({"data_spec": "user:values"}, "expected class labels (whole numbers) for cross-entropy and accuracy, found"
          " [2, 1] float32 as targets; give --loss and --metric"),
         ({"data_spec": "user:values", "model_args": {"outputs": 1}, "train_loss": "user:mse"},
-         "expected class labels (whole numbers) for accuracy, found [2, 1] float32 as targets; give --metric"),
+         "expected class labels (whole numbers) for accuracy, found [2, 1] float32 as targets; give --loss"),
         ({"train_loss": "user:broken"}, "user.py:broken: failed on outputs ([2, 3] float32) and targets ([2] int64)"),
         ({"data_spec": "user:values", "train_loss": "user:each", "train_metric": "user:gain"},
          "each: expected a scalar tensor, found shape (2, 3)"),
@@ -180,3 +181,99 @@ def test_a_ticket_is_trained_again_without_its_checkpoint(user):
 def test_a_model_alone_is_as_its_factory_makes_it():
     alone = assemble.model_alone(from_layers({"model": {"spec": "lenet-300-100"}}))
     assert alone.fc1.in_features == 784
+
+
+# ----------------------------------------------------------------------------- several kinds of models and data
+
+
+HARD = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+class Regressor(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 1)
+    def forward(self, x, labels):
+        logits = self.fc(x)[:, 0]
+        return {"loss": F.mse_loss(logits, labels), "logits": logits}
+
+class Wide(nn.Module):
+    def __init__(self, num_classes=77):
+        super().__init__()
+        self.fc = nn.Linear(3, num_classes)
+    def forward(self, x): return self.fc(x)
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+    def forward(self, x): return {"a": self.fc(x), "b": self.fc(-x)}
+
+class Plain(Dataset):
+    def __len__(self): return 40
+    def __getitem__(self, index): return torch.ones(3) * index, index % 4
+
+def values():
+    part = {"x": torch.randn(40, 3), "labels": torch.randn(40)}
+    return part, part
+def classes(): return Plain(), Plain()
+def arrays(scale=1.0):
+    part = torch.randn(40, 3) * scale, torch.arange(40) % 4
+    return part, part
+def two_loss(outputs, targets): return F.cross_entropy(outputs["a"], targets % 2)
+inst = Wide(4)
+"""
+
+
+@pytest.fixture
+def hard(tmp_path):
+    (tmp_path / "hard.py").write_text(HARD)
+
+    def make(model, data, **settings):
+        layer = {"model": {"spec": f"{tmp_path}/hard.py:{model}"}, "data": {"spec": f"{tmp_path}/hard.py:{data}"},
+                 "train": {"iterations": 4, "batch_size": 8}, "run": {"tolerance": 1}}  # fmt: skip
+        for path, value in settings.items():
+            section, key = path.split("_", 1)
+            layer[section][key] = value if not isinstance(value, str) or ":" not in value else f"{tmp_path}/{value}"
+        return from_layers(layer)
+
+    return make
+
+
+def test_a_model_with_a_loss_of_its_own_still_needs_a_metric_for_numbers(hard):
+    with pytest.raises(TicketfindError, match=r"whole numbers\) for accuracy, found \[2\] float32"):
+        assemble.assemble(hard("Regressor", "values"))
+
+
+def test_classes_that_are_not_known_are_asked_for(hard):
+    """A head of the factory's own size would look as if it fitted."""
+    with pytest.raises(TicketfindError, match=r"how many classes it has is not known .* num_classes=N"):
+        assemble.assemble(hard("Wide", "classes", data_resident=False))
+    _, task = assemble.assemble(hard("Wide", "classes", data_resident=False, model_args={"num_classes": 4}))
+    assert task.model.fc.out_features == 4
+    _, task = assemble.assemble(hard("Wide", "classes"))
+    assert task.model.fc.out_features == 4
+
+
+def test_arguments_for_what_takes_none_are_refused(hard):
+    with pytest.raises(TicketfindError, match=r"model\.args: expected none, as .*hard\.py:inst is a module already"):
+        assemble.assemble(hard("inst", "arrays", model_args={"num_classes": 9}))
+
+
+def test_a_network_whose_output_only_its_own_loss_knows_is_never_taken_for_disconnected(hard):
+    _, task = assemble.assemble(hard("Two", "arrays", train_loss="hard.py:two_loss", train_metric="hard.py:two_loss"))
+    start = task.start(0)
+    assert not is_disconnected(task, start, {"fc.weight": torch.zeros(2, 3, dtype=torch.bool)})
+
+
+def test_the_trained_file_has_a_key_of_its_own(hard, tmp_path):
+    _, task = assemble.assemble(hard("Wide", "arrays"))
+    torch.save(task.start(1), tmp_path / "start.pt")
+    torch.save({"ema": task.start(2), "model": task.start(3)}, tmp_path / "end.pt")
+    files = {"model_checkpoint": str(tmp_path / "start.pt"), "model_trained": str(tmp_path / "end.pt")}
+    for key, seed in ((None, 3), ("ema", 2)):
+        _, task = assemble.assemble(hard("Wide", "arrays", **files, model_trained_key=key))
+        assert torch.equal(task.trained["fc.weight"], task.fresh(seed)["fc.weight"])

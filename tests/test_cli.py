@@ -263,7 +263,7 @@ BAD = {
     "two lengths": (["search", "--iterations", "9", "--epochs", "1"], 2, ["--iterations or --epochs"]),
     "no such option": (["search", "--nope"], 2, ["--nope"]),
     "model-arg": (["search", "--model-arg", "width"], 2, ["KEY=VALUE"]),
-    "labels outside": (["search", "--model-arg", "num_classes=5"], 1, ["labels 0 to 9", "(5,)"]),
+    "labels outside": (["search", "--model-arg", "num_classes=5"], 1, ["labels 0 to 9", "[2, 5]"]),
     "unknown argument": (["search", "--model-arg", "depth=5"], 1, ["lenet-300-100", "depth"]),
     "non-finite": (["search", *SMALL, "--lr", "1e30"], 1, ["round 0, replicate 0", "iteration 1", "--lr"]),
     "batch": (["search", "--batch-size", "2000"], 2, ["train.batch_size", "1197", "2000"]),
@@ -387,3 +387,31 @@ def test_a_search_finds_what_chance_does_not(run):
     arms = run("eval", "--round", "4", "--json").json["arms"]
     assert arms["dense"]["accuracy_early"]["mean"] > 0.95
     assert arms["ticket"]["accuracy_early"]["mean"] > arms["random"]["accuracy_early"]["mean"] + 0.02
+
+
+FACTORY = """
+import torch
+from pathlib import Path
+
+def noisy(n=60, noise=0.0):
+    Path("called").write_text(f"{n} {noise}")
+    x = torch.randn(n, 5, generator=torch.Generator().manual_seed(0))
+    return (x, (x[:, 0] > 0).long()), (x, (x[:, 0] > 0).long())
+
+def net(width=4): return torch.nn.Sequential(torch.nn.Linear(5, width), torch.nn.ReLU(), torch.nn.Linear(width, 2))
+"""
+
+
+def test_eval_takes_code_from_the_user_and_arguments_from_the_ticket(command, tmp_path):
+    (tmp_path / "d.py").write_text(FACTORY)
+    small = ["--iterations", 6, "--batch-size", 8, "--rounds", 1, "--tolerance", 100, "--set", "data.validation=0.2"]
+    model = ["--model", "d.py:net", "--model-arg", "width=6"]
+    found = command("search", *model, "--data", "d.py:noisy", "--data-arg", "n=40", "--data-arg", "noise=0.5", *small)
+    assert found.code == 0, found.err
+    ticket = next(Path("runs").glob("*/ticket.safetensors"))
+    here = ["--model", "d.py:net", "--data", "d.py:noisy", "--trials", 1]
+    assert command("eval", ticket, *here).code == 0
+    assert Path("called").read_text() == "40 0.5"
+    assert command("eval", ticket, *here, "--data-arg", "n=50").code == 0
+    assert Path("called").read_text() == "50 0.0"
+    assert command("eval", ticket, "--model", "d.py:net", "--data", "digits", "--trials", 1).code == 1  # its own shape

@@ -142,8 +142,8 @@ def test_folders_that_do_not_fit(tmp_path):
         ({"size": [32]}, "size: expected a number of pixels, or [height, width], found (32,)"),
         ({"size": "32"}, "size: expected a number of pixels, or [height, width], found '32'"),
         ({"size": 32.5}, "size: expected a number of pixels, or [height, width], found 32.5"),
-        ({"crop": 0}, "crop: expected a number above 0, at most 1, found 0"),
-        ({"crop": "all"}, "crop: expected a number above 0, at most 1, found 'all'"),
+        ({"crop": 0}, "crop: expected a number above 0, at most 2, found 0"),
+        ({"crop": "all"}, "crop: expected a number above 0, at most 2, found 'all'"),
         ({"crop_mode": "left"}, "crop_mode: expected one of center, squash, border, found 'left'"),
         ({"interpolation": "cubic"}, "interpolation: expected one of nearest, bilinear, bicubic"),
         ({"channels": 2}, "channels: expected 1 or 3, found 2"),
@@ -343,3 +343,15 @@ def test_every_mode_is_brought_to_the_channels_asked_for():
     convert = images.transform(images.Settings(channels=3))
     for mode in ("L", "P", "RGBA", "CMYK", "1", "LA"):
         assert convert(picture(0).convert(mode)).shape == (3, 8, 10)
+
+
+def test_a_folder_that_looks_like_a_pipe_is_a_folder(tmp_path, monkeypatch):
+    """webdataset runs what follows pipe: in a shell, if that is what a name begins with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipe:touch x;").mkdir()
+    assert images._root("wds/a", "pipe:touch x;") == f"{tmp_path}/pipe:touch x;"
+
+
+def test_a_class_map_is_never_unpickled(tmp_path):
+    message = fails("timm:folder", {"root": str(tmp_path), "class_map": "map.pkl"})
+    assert "class_map: expected a mapping or a .txt file, as a pickle may run code, found 'map.pkl'" in message

@@ -19,6 +19,12 @@ class Net(nn.Module):
         self.lazy = nn.LazyLinear(3)
     def forward(self, x): return self.lazy(self.norm(self.a(self.embed(x)).mean(1)))
 
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm = nn.Linear(5, 3), nn.BatchNorm1d(3)
+    def forward(self, x): return self.norm(self.a(x.float()))
+
 class Frozen(Net):
     def __init__(self):
         super().__init__()
@@ -119,3 +125,16 @@ def test_a_model_with_nothing_to_prune_is_shown_all_the_same(command):
     found = command(*words, "--json").json
     assert (found["prunable"], found["rounds"]) == (0, [])
     assert "0 of 10 parameters can be pruned" in command(*words).out
+
+
+def test_a_step_that_fails_is_one_line(command):
+    """BatchNorm refuses a single example, in training only."""
+    ran = command("inspect", "net.py:Norm", *LENGTH, "--batch-size", "1")
+    assert ran.code == 1
+    assert ran.err.startswith("error: the first steps: training failed: ValueError: Expected more than 1 value")
+
+
+def test_a_training_of_ones_own_is_not_timed(command, tmp_path):
+    (tmp_path / "loop.py").write_text("def train(model, hold, arm): raise AssertionError")
+    ran = command("inspect", "net.py:Net", *LENGTH, "--set", "train.trainer=loop.py:train", "--json")
+    assert (ran.code, ran.json["step_seconds"], ran.json["iterations"]) == (0, None, 60)

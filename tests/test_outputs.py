@@ -108,8 +108,18 @@ def test_a_batch_of_nothing_that_counts_is_zero_not_nan(places):
 )
 def test_shapes_that_do_not_go_together_are_named(scores, targets):
     with pytest.raises(TicketfindError) as error:
-        outputs.classes_last(torch.zeros(scores), torch.zeros(targets, dtype=torch.long))
-    assert f"found outputs of shape {scores} for targets of shape {targets}" in str(error.value)
+        outputs.find_class_axis(torch.zeros(scores), torch.zeros(targets, dtype=torch.long))
+    assert f"found outputs of shape {list(scores)} for targets of shape {list(targets)}" in str(error.value)
+
+
+def test_shapes_that_do_not_tell_the_axis_are_refused_but_for_logits():
+    """As many places as classes: read the wrong way round, nothing would look wrong."""
+    scores = torch.randn(4, 5, 5)
+    targets = scores.argmax(-1)
+    with pytest.raises(TicketfindError, match="do not tell which axis the classes are on"):
+        outputs.accuracy(scores, targets)
+    assert outputs.accuracy({"logits": scores}, targets) == 1
+    assert outputs.accuracy(scores, targets, class_axis=-1) == 1
 
 
 def test_real_targets_count_by_example():

@@ -171,3 +171,13 @@ def test_a_relative_import_of_nothing_is_one_line(tmp_path):
     (tmp_path / "net.py").write_text("from .no_such import Block\n")
     with pytest.raises(TicketfindError, match=r"net.py failed: ModuleNotFoundError: No module named .*no_such'"):
         specs.load_object(f"{tmp_path}/net.py:Net", "model")
+
+
+@pytest.mark.parametrize("spec", ["net.py:Net", "hf-hub:a/b", "timm:hf-hub:a/b", "timm:local-dir:x", "timm:hfds/a"])
+def test_what_would_import_or_fetch_is_foreign(spec):
+    assert specs.is_foreign(spec)
+
+
+@pytest.mark.parametrize("spec", ["resnet18", "timm:resnet18", "digits", "photos", "timm:torch/cifar10", "timm:wds/x"])
+def test_what_stays_here_is_not(spec):
+    assert not specs.is_foreign(spec)

@@ -163,7 +163,7 @@ def test_learning_rate_rewinding_needs_no_first_checkpoint(files, command):
         (["--checkpoint", "init.pt", "--checkpoint-key", "optimizer.state.0"], 1, "missing: a.weight"),
         (["--checkpoint", "."], 1, "expected one .safetensors.index.json or one .safetensors in the folder"),
         (["--checkpoint", "init.pt", "--allow-mismatch", "head.*"], 1, "'head.*' matches nothing"),
-        (["--checkpoint-key", "ema"], 2, "model.checkpoint_key: expected null without a checkpoint"),
+        (["--checkpoint-key", "ema"], 2, "model.checkpoint_key: expected null without model.checkpoint"),
         (["--checkpoint", "page.pth"], 1, "found a file that begins with b'<!DOCTYPE html>"),
         (["--checkpoint", "cut.pt"], 1, "expected a torch checkpoint; reading it failed"),
         (["--checkpoint", "nan.pt"], 1, "does not fit the model; NaN: b.bias"),

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from ticketfind import TicketfindError, checkpoint, commands, data, engine, masks, models, trainers
 from ticketfind.batches import Data
 from ticketfind.examples import TARGET_KEYS
-from ticketfind.outputs import OutputFn, accuracy, call, classes_last, cross_entropy, own_loss, predictions
+from ticketfind.outputs import OutputFn, accuracy, call, cross_entropy, find_class_axis, own_loss, predictions
 from ticketfind.recipe import Recipe, RecipeError
 from ticketfind.specs import is_code, load_object, one_line
 from ticketfind.train import Task, Trainer
@@ -30,6 +31,8 @@ def assemble(recipe: Recipe, *, arms: int | None = None) -> tuple[Recipe, Task]:
     device = engine.resolve_device(recipe.run.device)
     recipe, found = _load_data(recipe, device)
     inputs = None if found is None else found.example()[0]
+    if found is not None and found.outputs is None:
+        _check_sized(recipe, found)
     source = models.source(
         recipe.model.spec, recipe.model.args, example=inputs, outputs=None if found is None else found.outputs
     )
@@ -51,7 +54,7 @@ def assemble(recipe: Recipe, *, arms: int | None = None) -> tuple[Recipe, Task]:
         engine=way,
         resident=resident,
     )
-    given = _weights(recipe, recipe.model.checkpoint, model, allow=recipe.model.allow_mismatch)
+    given = _weights(recipe.model.checkpoint, recipe.model.checkpoint_key, model, recipe.model.allow_mismatch)
     with torch.no_grad():  # a move makes recurrent layers compute parametrized weights, which could not be copied
         model.to(device)
     task = Task(
@@ -61,14 +64,12 @@ def assemble(recipe: Recipe, *, arms: int | None = None) -> tuple[Recipe, Task]:
         fresh=lambda seed: models.state_of(source.new(seed)),
         given={**(source.pretrained or {}), **given.weights},
         given_dtype=given.dtype,
-        trained=_weights(recipe, recipe.model.trained, model).weights,
+        trained=_weights(recipe.model.trained, recipe.model.trained_key, model, ()).weights,
         loss=_function(recipe.train.loss, "loss") or cross_entropy,
         metric=_function(recipe.train.metric, "metric") or accuracy,
         trainer=_trainer(recipe),
     )
-    if not recipe.train.is_external:
-        _check_fits(recipe, task)
-    return resolved, task
+    return resolved, task if recipe.train.is_external else _fitting(recipe, task)
 
 
 def _load_data(recipe: Recipe, device: torch.device) -> tuple[Recipe, Data | None]:
@@ -109,12 +110,12 @@ class _Weights:
     dtype: str | None
 
 
-def _weights(recipe: Recipe, file: str | None, model: torch.nn.Module, *, allow: Sequence[str] = ()) -> _Weights:
+def _weights(file: str | None, key: str | None, model: torch.nn.Module, allow: Sequence[str]) -> _Weights:
     """The weights in a checkpoint file, under the model's names and in its types; none for no file."""
     if file is None:
         return _Weights({}, None)
     path = Path(file).expanduser()
-    found = checkpoint.read(path, recipe.model.checkpoint_key)
+    found = checkpoint.read(path, key)
     matched = checkpoint.match(found, models.state_of(model), allow=allow, path=path, aliases=masks.aliases(model))
     return _Weights(matched, checkpoint.dtype(found))
 
@@ -141,9 +142,22 @@ def _function(spec: str | None, what: str) -> Any:
     return found
 
 
+def _check_sized(recipe: Recipe, found: Data) -> None:
+    """Raise TicketfindError where nobody says how many classes the network is to tell apart."""
+    model = recipe.model
+    _, targets = found.example()
+    given = {"num_classes", "outputs"} & set(model.args)
+    if not targets.is_floating_point() and not given and models.takes(model.spec, "num_classes"):
+        raise TicketfindError(
+            f"data {recipe.data.spec}: how many classes it has is not known without reading all of it;"
+            " give --model-arg num_classes=N"
+        )
+
+
 @torch.no_grad()
-def _check_fits(recipe: Recipe, task: Task) -> None:
-    """Raise TicketfindError unless the model takes the data's inputs, and loss and metric what comes out of it."""
+def _fitting(recipe: Recipe, task: Task) -> Task:
+    """The task, with defaults for what the model returns. Raises TicketfindError unless the model takes the data's
+    inputs, and loss and metric what comes out of it."""
     assert task.data is not None
     spec, (inputs, targets) = recipe.model.spec, task.data.example()
     model = copy.deepcopy(task.model).eval()  # some layers note what they have seen
@@ -153,40 +167,44 @@ def _check_fits(recipe: Recipe, task: Task) -> None:
         raise TicketfindError(
             f"model {spec!r}: cannot take {recipe.data.spec}'s inputs ({_described(inputs)}): {one_line(error)[:200]}"
         ) from error
-    if recipe.train.loss is None:
-        _check_classes(recipe, task.data, outputs, targets)
-    elif recipe.train.metric is None and targets.is_floating_point():
+    uses_labels = [
+        what
+        for what, given in (
+            ("cross-entropy", recipe.train.loss or own_loss(outputs)),
+            ("accuracy", recipe.train.metric),
+        )
+        if given is None
+    ]
+    if uses_labels and targets.is_floating_point():
         raise TicketfindError(
-            f"data {recipe.data.spec}: expected class labels (whole numbers) for accuracy, found"
-            f" {_described(targets)} as targets; give --metric"
+            f"data {recipe.data.spec}: expected class labels (whole numbers) for {' and '.join(uses_labels)},"
+            f" found {_described(targets)} as targets; give --loss and --metric"
+        )
+    if uses_labels:
+        axis = _checked_axis(recipe, task.data, outputs, targets)
+        loss, metric = (functools.partial(f, class_axis=axis) for f in (cross_entropy, accuracy))
+        task = dataclasses.replace(
+            task,
+            loss=task.loss if recipe.train.loss else loss,
+            metric=task.metric if recipe.train.metric else metric,
         )
     for what, function in (("loss", task.loss), ("metric", task.metric)):
         value = _tried(function, what, getattr(recipe.train, what) or "default", outputs, targets)
         if not isinstance(value, torch.Tensor) or value.ndim:
             found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise TicketfindError(f"{what} {getattr(recipe.train, what)}: expected a scalar tensor, found {found}")
+    return task
 
 
-def _check_classes(recipe: Recipe, found: Data, outputs: Any, targets: torch.Tensor) -> None:
-    """Raise TicketfindError unless the outputs go with labels, for the default loss."""
-    if own_loss(outputs) is not None:
-        return
-    scores = predictions(outputs)
-    if targets.is_floating_point():
+def _checked_axis(recipe: Recipe, found: Data, outputs: Any, targets: torch.Tensor) -> int:
+    """Where the classes are in the outputs. Raises TicketfindError where there are fewer than labels."""
+    axis, scores = find_class_axis(outputs, targets), predictions(outputs)
+    if scores.shape[axis] < (found.classes or 1):
         raise TicketfindError(
-            f"data {recipe.data.spec}: expected class labels (whole numbers) for cross-entropy,"
-            f" found {_described(targets)} as targets; give --loss and --metric"
+            f"model {recipe.model.spec!r}: expected an output for each of {recipe.data.spec}'s labels 0 to"
+            f" {(found.classes or 1) - 1}, found outputs of shape {list(scores.shape)}"
         )
-    try:
-        columns = classes_last(scores, targets).shape[-1]
-    except TicketfindError:
-        columns = 0
-    if columns < (found.classes or 1):
-        labels = "labels" if found.classes is None else f"labels 0 to {found.classes - 1}"
-        raise TicketfindError(
-            f"model {recipe.model.spec!r}: expected an output for each of {recipe.data.spec}'s {labels},"
-            f" found outputs of shape {tuple(scores.shape[1:])} for targets of shape {tuple(targets.shape[1:])}"
-        )
+    return axis
 
 
 def _tried(function: OutputFn, what: str, spec: str, outputs: Any, targets: torch.Tensor) -> Any:
@@ -212,10 +230,10 @@ def _described(value: Any) -> str:
 
 def model_alone(recipe: Recipe) -> torch.nn.Module:
     """The recipe's network, sized by its factory's own defaults, with the checkpoint's weights if there is one."""
-    model = models.source(recipe.model.spec, recipe.model.args).new(recipe.run.seed)
-    model.load_state_dict(
-        _weights(recipe, recipe.model.checkpoint, model, allow=recipe.model.allow_mismatch).weights, strict=False
-    )
+    asked = recipe.model
+    model = models.source(asked.spec, asked.args).new(recipe.run.seed)
+    weights = _weights(asked.checkpoint, asked.checkpoint_key, model, asked.allow_mismatch).weights
+    model.load_state_dict(weights, strict=False)
     return model
 
 
@@ -225,6 +243,6 @@ def for_ticket(recipe: Recipe) -> Recipe:
     if not is_code(recipe.model.spec):
         args = {key: value for key, value in args.items() if key not in models.WEIGHT_ARGS}
     model = dataclasses.replace(
-        recipe.model, checkpoint=None, checkpoint_key=None, trained=None, allow_mismatch=(), args=args
+        recipe.model, checkpoint=None, checkpoint_key=None, trained=None, trained_key=None, allow_mismatch=(), args=args
     )
     return dataclasses.replace(recipe, model=model)

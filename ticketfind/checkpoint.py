@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import tarfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,13 @@ def read(path: Path, key: str | None = None) -> dict[str, Tensor]:
         )
     if not isinstance(weights, Mapping):
         raise TicketfindError(f"checkpoint {path}: expected named tensors, found a {type(weights).__name__}")
-    weights = _unwrap(weights) if key is None else _entry(weights, key, path)
+    whole = weights
+    weights = _unwrap(whole) if key is None else _entry(whole, key, path)
     tensors = {str(name): value.detach() for name, value in weights.items() if isinstance(value, Tensor)}
     if not tensors:
-        found = _listed([*map(str, weights)]) or "nothing"
-        raise TicketfindError(f"checkpoint {path}: expected named tensors, found {found}")
+        found, holders = _listed([*map(str, weights)]) or "nothing", _holders(whole)
+        advice = f"; --checkpoint-key takes {_listed(holders)}" if holders else ""
+        raise TicketfindError(f"checkpoint {path}: expected named tensors, found {found}{advice}")
     return tensors
 
 
@@ -86,7 +89,9 @@ def _read_sharded(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old pickles; what is refused is told below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
         first = str(error).split("\n", 1)[0]
         if not isinstance(error, OSError):

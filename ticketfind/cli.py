@@ -164,6 +164,7 @@ def evaluate(
     began = time.monotonic()
     from ticketfind import assemble, experiments, files, layers, terminal, views
     from ticketfind import search as searching
+    from ticketfind.data import takes_args
     from ticketfind.ticket import load_ticket
 
     screen = terminal.Screen(as_json=as_json, quiet=quiet)
@@ -176,9 +177,8 @@ def evaluate(
     count = len(tickets) if run is not None else trials or 5
     given = options.recipe_settings(context.params)
     given.pop("run.seed", None)  # of the trials; the recipe's own decides which examples are held out
-    for spec, args in (("model.spec", "model.args"), ("data.spec", "data.args")):
-        if spec in given:
-            given.setdefault(args, {})
+    if "data.spec" in given and not takes_args(given["data.spec"]):
+        given.setdefault("data.args", {})
     if run is None:  # another machine, perhaps
         given = {"run.device": "auto", "run.engine": "auto", **given}
     own = layers.from_layers(tickets[0].about.recipe, where=str(target or "recipe"))
@@ -287,19 +287,25 @@ def inspect(
     allow_mismatch: options.AllowMismatch = None,
     data: options.Data = None,
     data_arg: options.DataArg = None,
+    augment: options.Augment = None,
     loss: options.Loss = None,
     metric: options.Metric = None,
     prune: options.Prune = None,
     rounds: options.Rounds = None,
     until: options.Until = None,
+    rewind: options.Rewind = None,
     scope: options.Scope = None,
+    score: options.Score = None,
     prune_only: options.Only = None,
     skip: options.Skip = None,
     iterations: options.Iterations = None,
     epochs: options.Epochs = None,
     batch_size: options.BatchSize = None,
+    lr: options.LearningRate = None,
     optimizer: options.Optimizer = None,
     replicates: options.Replicates = None,
+    seed: options.Seed = None,
+    tolerance: options.Tolerance = None,
     device: options.Device = None,
     engine: options.Engine = None,
     setting: options.Setting = None,
@@ -343,6 +349,7 @@ def _inspect_model(spec: str, data: str | None, settings: dict[str, Any], screen
     from ticketfind import search as searching
 
     base = layers.base_layers(None, spec, data)
+    settings = {"run.tolerance": 0, **settings}  # nothing is matched here
     asked = layers.from_layers(*base, layers.nested({"model.spec": spec, **settings}))
     only, skip = asked.prune.only, asked.prune.skip
     if data is None:
@@ -355,7 +362,7 @@ def _inspect_model(spec: str, data: str | None, settings: dict[str, Any], screen
         return views.show_model(screen, spec, found, kept)
     assert task.data is not None
     plan = searching.make_plan(recipe, task.model)
-    seconds = train.step_seconds(task, recipe.train)
+    seconds = [] if recipe.train.is_external else train.step_seconds(task, recipe.train)
     views.show_model(screen, spec, found, kept, views.Outlook(recipe, plan, task.data.resident_bytes, seconds))
 
 

@@ -53,6 +53,10 @@ def load(
                 f"data.validation: expected null or {found}, as {spec} has a validation split of its own,"
                 f" found {validation}"
             )
+        if stratify:
+            raise TicketfindError(
+                f"data.stratify: expected false, as {spec} has a validation split of its own, found true"
+            )
         return Data(splits["train"], splits["validation"], splits["test"], augment)
     train = splits["train"]
     share = 0.1 if validation is None else validation
@@ -70,6 +74,12 @@ def load(
         )
     rest, out = held_out(len(train), held, seed=seed, labels=_labels(spec, train) if stratify else None)
     return Data(_part(train, rest), _part(train, out), splits["test"], augment)
+
+
+def takes_args(spec: str) -> bool:
+    """True if `spec` names data that data.args can say something about: a factory's, or images."""
+    path = Path(spec).expanduser()
+    return spec.startswith("timm:") or _is_image_folder(path) or (is_code(spec) and not path.exists())
 
 
 def resolved_args(spec: str, args: Mapping[str, Any], image_settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,6 +163,8 @@ def _sources(spec: str, datasets: Mapping[str, Any]) -> dict[str, Split | Source
 
 def _from_factory(spec: str, args: Mapping[str, Any]) -> dict[str, Split | Source]:
     factory = load_object(spec, "data")
+    if args and not callable(factory):
+        raise TicketfindError(f"data.args: expected none, as {spec} is no function, found {', '.join(args)}")
     try:
         with seeded(0):  # again: importing it may have drawn something
             made = factory(**args) if callable(factory) else factory
@@ -169,6 +181,13 @@ def _from_factory(spec: str, args: Mapping[str, Any]) -> dict[str, Split | Sourc
 
 def _given(part: Any, what: str) -> Split | Source:
     """A pair or dict of arrays is whole; anything else is a data set of examples."""
+    if (
+        isinstance(part, (tuple, list))
+        and len(part) == 2
+        and isinstance(part[0], Mapping)
+        and not isinstance(part[1], Mapping)
+    ):
+        raise TicketfindError(f"{what}: expected the target inside of the dict, as an entry labels, found it beside it")
     is_pair = isinstance(part, (tuple, list)) and len(part) == 2 and all(hasattr(side, "shape") for side in part)
     if is_pair or isinstance(part, Mapping):
         return Split(*as_batch(part, what))

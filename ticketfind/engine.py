@@ -186,9 +186,10 @@ class Lane:
 
     def _own(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients in their weights' memory layout, as ``backward`` leaves them: the fused updates rely on it."""
+        dense = [g.to_dense() if g is not None and g.layout != torch.strided else g for g in grads]  # of embeddings
         return [
             g if g is None or g.stride() == w.stride() else torch.empty_like(w).copy_(g)
-            for g, w in zip(grads, self._weights, strict=True)
+            for g, w in zip(dense, self._weights, strict=True)
         ]
 
     @torch.no_grad()
@@ -201,7 +202,7 @@ class Lane:
         for inputs, targets in examples.chunks(batch_size):
             outputs, here = call(self._model, inputs), counted(targets)
             values = torch.stack([f(outputs, targets).double() for f in functions])
-            sums += here * values
+            sums += torch.where(torch.as_tensor(here, device=device) > 0, here * values, 0.0)  # the mean of none is NaN
             weight += here
         means: list[float] = (sums / weight).tolist()
         return means
@@ -225,7 +226,7 @@ def choose(requested: str, device: torch.device, *, arms: int, parameters: int, 
     if requested == "processes" and not possible:
         raise TicketfindError(
             "run.engine: processes needs Linux, several CPU cores and resident data, found"
-            + (f" device {device.type}" if forks else " a training that starts processes of its own")
+            + (f" device {device.type}" if forks else " data that is streamed, or a training of your own")
         )
     if requested != "auto":
         return requested

@@ -48,7 +48,7 @@ class Settings:
         checks = (
             ("channels", self.channels in (1, 3), "1 or 3"),
             ("size", self.size is None or _are_sides(self.size), "a number of pixels, or [height, width]"),
-            ("crop", _is_number(self.crop) and 0 < self.crop <= 1, "a number above 0, at most 1"),
+            ("crop", _is_number(self.crop) and 0 < self.crop <= 2, "a number above 0, at most 2"),
             ("crop_mode", self.crop_mode in CROP_MODES, f"one of {', '.join(CROP_MODES)}"),
             ("interpolation", self.interpolation in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
             ("mean", self.mean is None or _are_numbers(self.mean, self.channels), each),
@@ -252,6 +252,11 @@ def timm_datasets(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
         raise TicketfindError(
             f"data timm:{name}: expected timm:folder or timm:PREFIX/NAME, PREFIX one of {', '.join(PREFIXES)}{close}"
         )
+    if isinstance(class_map := rest.get("class_map"), str) and not class_map.endswith(".txt"):
+        raise TicketfindError(
+            f"data timm:{name}: class_map: expected a mapping or a .txt file, as a pickle may run code,"
+            f" found {class_map!r}"
+        )
     root = _root(name, rest.get("root"))
     splits = {"train": rest.get("train_split", "train"), "test": rest.get("test_split", "validation")}
     if "validation_split" in rest:
@@ -273,7 +278,7 @@ def _root(name: str, given: Any) -> str | None:
         raise TicketfindError(
             f"data timm:{name}: expected --data-arg root=FOLDER, the folder that holds it, found {found}"
         )
-    return str(Path(str(given)).expanduser())
+    return str(Path(str(given)).expanduser().resolve())  # absolute: what it is joined to is then no URL, and no pipe:
 
 
 def _timm_dataset(name: str, root: str | None, split: str, more: Mapping[str, Any]) -> Any:

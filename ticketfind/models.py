@@ -96,6 +96,10 @@ def source(
     if is_code(spec):
         made = load_object(spec, "model")
         if isinstance(made, nn.Module):
+            if args:
+                raise TicketfindError(
+                    f"model.args: expected none, as {spec} is a module already, found {', '.join(args)}"
+                )
             return Source(lambda: _own_copy(made), None, example)
         if not callable(made):
             raise TicketfindError(f"model {spec!r}: expected a class or function, found {type(made).__name__}")
@@ -148,6 +152,17 @@ def _sized(factory: Callable[..., Any], args: Mapping[str, Any], sizes: Mapping[
     except (TypeError, ValueError):
         return dict(args)
     return {name: value for name, value in sizes.items() if name in accepted} | dict(args)
+
+
+def takes(spec: str, name: str) -> bool:
+    """True if the factory that `spec` names has an argument of that name."""
+    if spec in NETS or not is_code(spec):
+        return True
+    made = load_object(spec, "model")
+    try:
+        return callable(made) and not isinstance(made, nn.Module) and name in inspect.signature(made).parameters
+    except (TypeError, ValueError):
+        return False
 
 
 def _sizes(example: Inputs | None, outputs: int | None) -> dict[str, Any]:

@@ -46,6 +46,12 @@ def predictions(outputs: Any) -> Tensor:
             " give --loss and --metric, which are called with the whole output"
         )
     if isinstance(outputs, (tuple, list)) and outputs:
+        if outputs[0] is None or (isinstance(outputs[0], Tensor) and not outputs[0].ndim):
+            raise TicketfindError(
+                f"model: expected predictions first in the {type(outputs).__name__} that it returns, found"
+                f" {'nothing' if outputs[0] is None else 'a single number'}; give --loss and --metric, which are called"
+                " with the whole output"
+            )
         return predictions(outputs[0])
     raise TicketfindError(
         f"model: expected a tensor, a tuple or dict of them, or an object with .logits as its output,"
@@ -59,10 +65,11 @@ def own_loss(outputs: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
+def cross_entropy(outputs: Any, targets: Tensor, class_axis: int | None = None) -> Tensor:
     """The network's own loss where it returned one, else the mean cross-entropy of its predictions.
 
-    Predictions [b, classes] with targets [b]; [b, classes, ...] or [b, ..., classes] with targets [b, ...].
+    Predictions [b, classes] with targets [b]; [b, classes, ...] (class_axis 1) or [b, ..., classes] (-1) with targets
+    [b, ...]. class_axis: None for what `find_class_axis` says.
     """
     own = own_loss(outputs)
     if own is not None:
@@ -70,31 +77,44 @@ def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
     scores = predictions(outputs)
     if targets.ndim == 1:
         return F.cross_entropy(scores, targets)
-    flat, labels = classes_last(scores, targets).flatten(0, -2), targets.flatten()
+    axis = find_class_axis(outputs, targets) if class_axis is None else class_axis
+    flat, labels = scores.movedim(axis, -1).flatten(0, -2), targets.flatten()
     counted = (labels != IGNORED).sum().clamp(min=1)  # a batch may hold nothing that counts
     return F.cross_entropy(flat, labels, ignore_index=IGNORED, reduction="sum") / counted
 
 
-def accuracy(outputs: Any, targets: Tensor) -> Tensor:
+def accuracy(outputs: Any, targets: Tensor, class_axis: int | None = None) -> Tensor:
     """Share of the targets (but those that are IGNORED) that have the highest prediction; shapes as above."""
-    right = classes_last(predictions(outputs), targets).argmax(-1) == targets
+    axis = find_class_axis(outputs, targets) if class_axis is None else class_axis
+    right = predictions(outputs).argmax(axis) == targets
     return right.double().sum() / (targets != IGNORED).sum().clamp(min=1)
 
 
-def classes_last(scores: Tensor, targets: Tensor) -> Tensor:
-    """Predictions as [b, ..., classes]; the classes are axis 1, as in PyTorch's losses, wherever shapes allow that.
+def find_class_axis(outputs: Any, targets: Tensor) -> int:
+    """Which axis of the predictions the classes are on: 1, as in PyTorch's losses, or the last, -1.
 
-    Raises TicketfindError where the shapes do not go together.
+    Where shapes allow both, `.logits` and an entry "logits" have them last. Raises TicketfindError where shapes do not
+    go together, or do not tell.
     """
-    if scores.ndim == targets.ndim + 1 and scores.shape[:1] == targets.shape[:1]:
-        if scores.shape[2:] == targets.shape[1:]:
-            return scores.movedim(1, -1)
-        if scores.shape[:-1] == targets.shape:
-            return scores
-    raise TicketfindError(
-        f"model: expected a prediction for each class and target, found outputs of shape {tuple(scores.shape)} for"
-        f" targets of shape {tuple(targets.shape)}; give --loss and --metric"
-    )
+    scores = predictions(outputs)
+    fits = scores.ndim == targets.ndim + 1 and scores.shape[:1] == targets.shape[:1]
+    first, last = fits and scores.shape[2:] == targets.shape[1:], fits and scores.shape[:-1] == targets.shape
+    if first and last and scores.ndim > 2 and not _has_logits(outputs):
+        raise TicketfindError(
+            f"model: outputs of shape {list(scores.shape)} for targets of shape {list(targets.shape)} do not tell which"
+            " axis the classes are on; give --loss and --metric, or return an object with .logits (classes last)"
+        )
+    if not first and not last:
+        raise TicketfindError(
+            f"model: expected a prediction for each class and target, found outputs of shape {list(scores.shape)} for"
+            f" targets of shape {list(targets.shape)}; give --loss and --metric"
+        )
+    return -1 if last and (not first or scores.ndim > 2) else 1
+
+
+def _has_logits(outputs: Any) -> bool:
+    named = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    return isinstance(named, Tensor)
 
 
 def counted(targets: Tensor) -> Tensor | int:

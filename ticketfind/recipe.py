@@ -41,6 +41,8 @@ class Model:
     """Entries that the checkpoint may lack or have in another shape; they start freshly initialized."""
     trained: str | None = _key(readers.or_null(readers.text), None)
     """File with the weights after dense training, which stands for round 0's training."""
+    trained_key: str | None = _key(readers.or_null(readers.text), None)
+    """As checkpoint_key, for that file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,8 +295,10 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         )
     if train.metric and run.replicates == 1 and run.tolerance is None:
         yield "run.tolerance: expected a number, as one replicate of a metric of your own has no spread, found null"
-    if model.checkpoint_key and not (model.checkpoint or model.trained):
-        yield "model.checkpoint_key: expected null without a checkpoint, found " + model.checkpoint_key
+    for key, file in (("checkpoint", model.checkpoint), ("trained", model.trained)):
+        entry = getattr(model, f"{key}_key")
+        if entry and not file:
+            yield f"model.{key}_key: expected null without model.{key}, found {entry}"
     if train.is_external:
         yield from _external_contradictions(recipe)
     if model.trained and prune.rewind != "lr":

@@ -14,6 +14,8 @@ from typing import Any
 
 from ticketfind import TicketfindError
 
+_FETCHED = ("hfds/", "hfids/", "tfds/")
+"""Prefixes of timm's data sets that come from elsewhere."""
 _OTHER_SCHEMES = ("timm:", "hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -23,8 +25,9 @@ def is_code(spec: str) -> bool:
 
 
 def is_foreign(spec: str) -> bool:
-    """True if `spec` names code, or a model that is described elsewhere (a hub, a folder)."""
-    return ":" in spec and not spec.startswith("timm:")
+    """True if `spec` names code, or a model or data described elsewhere (a hub, a folder), which may be fetched."""
+    named = spec.removeprefix("timm:")
+    return ":" in named or named.lower().startswith(_FETCHED)
 
 
 def load_object(spec: str, what: str) -> Any:

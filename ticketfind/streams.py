@@ -3,6 +3,7 @@
 Legend: n examples.
 """
 
+import contextlib
 import functools
 import itertools
 import signal
@@ -199,8 +200,9 @@ def _load(dataset: Any, workers: int, device: torch.device, **how: Any) -> Itera
         while (batch := _next(batches)) is not None:
             yield _on(device, batch)
     finally:
-        if workers:
-            batches._shutdown_workers()  # left to the garbage collector, it may happen in another process after a fork
+        if workers:  # now: left to the garbage collector, it may happen in another process after a fork
+            with contextlib.suppress(RuntimeError):  # a signal to all processes has ended them already
+                batches._shutdown_workers()
 
 
 def _next(batches: Iterator[Any]) -> Batch | None:

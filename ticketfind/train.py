@@ -4,7 +4,8 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ticketfind.masks import Masks
 from ticketfind.outputs import OutputFn, accuracy, call, cross_entropy, predictions
 from ticketfind.recipe import Train
 from ticketfind.results import Measured
+from ticketfind.specs import one_line
 
 State = dict[str, Tensor]
 """Every parameter and buffer by its state-dict key."""
@@ -142,27 +144,34 @@ def fit(
     """
 
     def train(index: int, tick: Tick) -> Outcome:
-        try:
+        with _faults_of(arms[index].name, how):
             return (task.trainer or _train)(task, arms[index], Work(how, keep_at, tick, folder))
-        except engine.Diverged as error:
-            raise TicketfindError(
-                f"{arms[index].name}: the loss is not finite at iteration {error.iteration};"
-                f" try a lower --lr (now {how.lr:g}), or look at the data"
-            ) from None
-        except TicketfindError:
-            raise
-        except Exception as error:
-            text = " ".join(str(error).split())
-            raise TicketfindError(f"{arms[index].name}: training failed: {type(error).__name__}: {text}") from error
 
     yield from zip(arms, engine.each(way, len(arms), train, tick), strict=True)
+
+
+@contextmanager
+def _faults_of(name: str, how: Train) -> Iterator[None]:
+    """Whatever goes wrong inside is told in one line that says in which training."""
+    try:
+        yield
+    except engine.Diverged as error:
+        raise TicketfindError(
+            f"{name}: the loss is not finite at iteration {error.iteration}; try a lower --lr (now {how.lr:g}), or look"
+            " at the data (values that are no good, a batch in which no label counts)"
+        ) from None
+    except TicketfindError:
+        raise
+    except Exception as error:
+        raise TicketfindError(f"{name}: training failed: {one_line(error)}") from error
 
 
 def judge(arms: Iterable[Arm], task: Task, how: Train) -> Generator[tuple[Arm, Outcome], None, None]:
     """Every arm with the outcome that `task.trained`, weights from elsewhere, stand for; measured, not trained."""
     for arm in arms:
-        lane = engine.Lane(copy.deepcopy(task.model), {**arm.start, **task.trained}, arm.masks, how, task.loss, 0)
-        point = _point(lane, task, how, int(how.iterations), None)
+        with _faults_of(f"{arm.name}, from model.trained", how):
+            lane = engine.Lane(copy.deepcopy(task.model), {**arm.start, **task.trained}, arm.masks, how, task.loss, 0)
+            point = _point(lane, task, how, int(how.iterations), None)
         yield arm, Outcome((point,), lane.state(), arm.start, measured([point]), _test_size(task))
 
 
@@ -205,7 +214,8 @@ def step_seconds(task: Task, how: Train, steps: int = 5) -> list[float]:
     """The time that each of the first `steps` iterations of a dense training takes, its batch's reading included."""
     assert task.data is not None
     seconds = []
-    with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
+    cuda = [task.device] if task.device.type == "cuda" else []
+    with _faults_of("the first steps", how), torch.random.fork_rng(devices=cuda):
         lane = engine.Lane(copy.deepcopy(task.model), task.start(0), {}, how, task.loss, 0)
         batches = task.data.training(Order(0, how.batch_size, 0, steps))
         for iteration in range(steps):
@@ -225,7 +235,7 @@ def is_disconnected(task: Task, start: State, masks: Masks) -> bool:
 
     A layer may start at zero, so equal outputs under `start` do not say it. Then positive weights, which no rectifier
     cuts off, are tried in their place, and believed where the whole network with such weights does tell inputs apart.
-    Without data, or with a single test example, it cannot be told: False.
+    Without data, with a single test example or without predictions in the output, it cannot be told: False.
     """
     if task.data is None or len(task.data.test) < 2:
         return False
@@ -236,6 +246,11 @@ def is_disconnected(task: Task, start: State, masks: Masks) -> bool:
         engine.put(model, state, under)
         outputs = predictions(call(model, inputs))
         return not bool((outputs == outputs[:1]).all())
+
+    try:
+        predictions(call(model, inputs))
+    except TicketfindError:  # an output for a loss of the user's own
+        return False
 
     if tells_apart(start, masks):
         return False

@@ -225,7 +225,7 @@ class Outlook:
     data_bytes: int
     """Bytes of the examples that are held in memory."""
     step_seconds: Sequence[float]
-    """Of the first training steps."""
+    """Of the first training steps; none where the training is the user's own."""
 
     @property
     def total(self) -> int:
@@ -233,9 +233,14 @@ class Outlook:
         return sum(self.plan.iterations) * self.recipe.run.replicates
 
     @property
-    def step(self) -> float:
+    def first_step(self) -> float | None:
+        """Seconds of the first step."""
+        return self.step_seconds[0] if self.step_seconds else None
+
+    @property
+    def step(self) -> float | None:
         """Seconds of a step, once the first is done."""
-        return statistics.median(self.step_seconds[1:])
+        return statistics.median(self.step_seconds[1:]) if self.step_seconds else None
 
 
 def show_model(
@@ -266,12 +271,16 @@ def _outlook_lines(outlook: Outlook | None) -> list[str]:
     if outlook is None:
         return ["iterations, memory and time: with --data"]
     replicates, device = outlook.recipe.run.replicates, outlook.recipe.run.device
-    return [
+    lines = [
         f"{plural(replicates, 'replicate')}, {outlook.total:,} iterations in all;"
-        f" memory {size(outlook.plan.memory)} for training, {size(outlook.data_bytes)} for data, and activations",
-        f"first step {brief(outlook.step_seconds[0])}, then {brief(outlook.step)} a step on {device}: about"
-        f" {brief(outlook.total * outlook.step)} of training, one after another, without evaluations",
+        f" memory {size(outlook.plan.memory)} for training, {size(outlook.data_bytes)} for data, and activations"
     ]
+    if outlook.first_step is not None and outlook.step is not None:
+        lines.append(
+            f"first step {brief(outlook.first_step)}, then {brief(outlook.step)} a step on {device}: about"
+            f" {brief(outlook.total * outlook.step)} of training, one after another, without evaluations"
+        )
+    return lines
 
 
 def _outlook_json(outlook: Outlook | None) -> dict[str, Any]:
@@ -282,7 +291,7 @@ def _outlook_json(outlook: Outlook | None) -> dict[str, Any]:
         "memory": outlook and outlook.plan.memory,
         "data_bytes": outlook and outlook.data_bytes,
         "disk": outlook and outlook.plan.disk,
-        "first_step_seconds": outlook and outlook.step_seconds[0],
+        "first_step_seconds": outlook and outlook.first_step,
         "step_seconds": outlook and outlook.step,
     }
 
