@@ -59,24 +59,6 @@ def test_prune_is_the_reference_round_after_round(shapes, fraction, scope, level
     assert set(counts[len(planned) :]) <= {planned[-1]}  # the plan ends where no weight is pruned any more
 
 
-@settings(deadline=None)
-@given(
-    scores=st.lists(st.floats(width=32, allow_nan=False) | st.sampled_from([-0.0, 0.0, 1.0]), max_size=40),
-    k=st.integers(-1, 41),
-)
-def test_keep_highest_is_a_stable_argsort(scores, k):
-    expected = np.zeros(len(scores), bool)
-    expected[np.argsort(-np.array(scores, np.float32), kind="stable")[: max(k, 0)]] = True
-    np.testing.assert_array_equal(masks.keep_highest(torch.tensor(scores), k).numpy(), expected)
-
-
-def test_ties_beyond_what_float32_and_quantile_can_count():
-    n, k = 2**24 + 5, 2**24 + 3
-    kept = masks.keep_highest(torch.zeros(n, dtype=torch.float16), k)
-    assert int(kept.sum()) == k
-    assert not kept[k:].any()
-
-
 def test_tensors_outside_the_groups_stay_as_they_are():
     kept = {"a": torch.ones(10, dtype=torch.bool), "b": torch.tensor([True, False])}
     new = masks.prune(kept, {"a": torch.arange(10.0), "b": torch.zeros(2)}, [Group(("a",), 0.3)])

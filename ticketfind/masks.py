@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ticketfind import TicketfindError
+from ticketfind.selection import keep_highest
 
 Masks = dict[str, Tensor]
 """Parameter name -> bool tensor of its shape, True = kept."""
@@ -292,28 +293,11 @@ def prune(masks: Masks, scores: Weights, groups: Sequence[Group]) -> Masks:
     """
     new = dict(masks)
     for group in groups:
-        remaining = [scores[name][masks[name]] for name in group.names]
-        flat = torch.cat(remaining)
-        kept = keep_highest(flat, kept_after(flat.numel(), group.fraction))
-        for name, part in zip(group.names, torch.split(kept, [r.numel() for r in remaining]), strict=True):
-            mask = torch.zeros_like(masks[name])
-            mask[masks[name]] = part
-            new[name] = mask
+        among = [masks[name] for name in group.names]
+        left = sum(int(mask.sum()) for mask in among)
+        kept = keep_highest([scores[name] for name in group.names], among, kept_after(left, group.fraction))
+        new.update(zip(group.names, kept, strict=True))
     return new
-
-
-def keep_highest(scores: Tensor, k: int) -> Tensor:
-    """Bool [n]: exactly k of the n scores, the highest, ties by index.
-
-    By selection: linear in n, and without the 16-million limit of `torch.quantile`.
-    """
-    n = scores.numel()
-    if k <= 0 or k >= n:
-        return torch.full((n,), k > 0, dtype=torch.bool, device=scores.device)
-    threshold = scores.kthvalue(n - k + 1).values
-    kept = scores > threshold
-    ties = scores == threshold
-    return kept | (ties & (ties.cumsum(0) <= k - kept.sum()))
 
 
 def dense(shapes: Mapping[str, Sequence[int]]) -> Masks:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ticketfind import TicketfindError, engine, masks, results
+from ticketfind import TicketfindError, engine, results
 from ticketfind import search as searching
 from ticketfind.augment import augmented
 from ticketfind.batches import Data, Order, Split
@@ -22,6 +22,7 @@ from ticketfind.masks import SCORES
 from ticketfind.outputs import cross_entropy
 from ticketfind.recipe import Recipe, Train
 from ticketfind.rundir import RunDir
+from ticketfind.selection import keep_highest
 from ticketfind.streams import Stream
 from ticketfind.ticket import Ticket, load_ticket
 from ticketfind.train import Arm, Task, fit, is_disconnected
@@ -188,9 +189,10 @@ def test_selection_breaks_ties_as_on_the_cpu() -> None:
     """Thousands of equal scores: the mask is the same function of the scores on every device."""
     scores = torch.randint(0, 5, (10_000,), generator=torch.Generator().manual_seed(0)).float()
     for k in (0, 1, 17, 4_000, 9_999, 10_000):
-        found = masks.keep_highest(scores.to(DEVICE), k)
+        among = torch.ones(10_000, dtype=torch.bool)
+        (found,) = keep_highest([scores.to(DEVICE)], [among.to(DEVICE)], k)
         assert int(found.sum()) == k
-        assert torch.equal(found.cpu(), masks.keep_highest(scores, k))
+        assert torch.equal(found.cpu(), keep_highest([scores], [among], k)[0])
 
 
 def test_dropout_follows_the_arms_seed_and_leaves_the_users_generators_alone(
