@@ -241,6 +241,7 @@ PRINTED = {
     "inspect RUN": ["inspect"],
     "inspect TICKET": ["inspect", "runs/digits/ticket.safetensors"],
     "inspect MODEL": ["inspect", "lenet-300-100", "--data", "digits", "--set", "data.validation=200"],
+    "bench": ["bench", "--blocks", "1", "--seconds", "0.01"],
 }
 
 

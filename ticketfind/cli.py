@@ -366,6 +366,40 @@ def _inspect_model(spec: str, data: str | None, settings: dict[str, Any], screen
     views.show_model(screen, spec, found, kept, views.Outlook(recipe, plan, task.data.resident_bytes, seconds))
 
 
+# ------------------------------------------------------------------------------------------------- bench
+
+
+@app.command()
+def bench(
+    context: typer.Context,
+    model: options.Model = None,
+    model_arg: options.ModelArg = None,
+    data: options.Data = None,
+    data_arg: options.DataArg = None,
+    batch_size: options.BatchSize = None,
+    optimizer: options.Optimizer = None,
+    device: options.Device = None,
+    setting: options.Setting = None,
+    blocks: options.Blocks = 5,
+    seconds: options.Seconds = 1.0,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Time training steps on this machine, one arm and several, against the loop that people write; about a minute."""
+    from ticketfind import assemble, layers, terminal, views
+    from ticketfind import bench as timing
+
+    screen = terminal.Screen(as_json=as_json, quiet=quiet)
+    settings = {"run.tolerance": 0, **options.recipe_settings(context.params)}
+    asked = layers.from_layers(*layers.base_layers(None, model, data), layers.nested(settings))
+    recipe, task = assemble.assemble(asked)
+    cases = timing.cases(task, recipe.train, ways=timing.ways(task.device), arms=(5, 10))
+    with signals.training(), terminal.Progress(screen, "timing", signals.heed) as progress:
+        progress.begin(blocks * len(cases), 0)
+        found = timing.measure(cases, blocks=blocks, seconds=seconds, tick=progress.tick)
+    views.show_bench(screen, recipe, found)
+
+
 # ------------------------------------------------------------------------------------------------ shared
 
 

@@ -153,8 +153,7 @@ class Lane:
         self._leaves = list(named.values())
         self._weights = [p.detach() for p in self._leaves]
         pruning = {name: mask for name, mask in masks.items() if name in named and not bool(mask.all())}
-        self._pruned = [i for i, name in enumerate(named) if name in pruning]
-        self._pruned_weights = [self._weights[i] for i in self._pruned]
+        self._pruned_weights = [w for w, name in zip(self._weights, named, strict=True) if name in pruning]
         self._keep = [pruning[name].to(device=p.device, dtype=p.dtype) for name, p in named.items() if name in pruning]
         self._optimizer = _Optimizer(self._weights, how)
 
@@ -169,12 +168,9 @@ class Lane:
         for inputs, targets in batches:
             loss = self._loss(call(self._model, inputs), targets)
             grads = self._own(torch.autograd.grad(loss, self._leaves, allow_unused=True))
-            for i, keep in zip(self._pruned, self._keep, strict=True):
-                if (gradient := grads[i]) is not None:
-                    grads[i] = gradient * keep  # not in place: autograd may give two parameters one tensor
             self._optimizer.step(grads, learning_rate(self._how, iteration))
-            for weight, keep in zip(self._pruned_weights, self._keep, strict=True):
-                weight.mul_(keep)
+            if self._keep:
+                torch._foreach_mul_(self._pruned_weights, self._keep)
             losses.append(loss.detach())
             iteration += 1
             tick(1)
@@ -222,7 +218,7 @@ def choose(requested: str, device: torch.device, *, arms: int, parameters: int, 
     step has no work for a second core. forks: False for trainings that start processes of their own, which cannot
     go side by side. Raises TicketfindError where side by side is asked for and not possible.
     """
-    possible = device.type == "cpu" and sys.platform == "linux" and cores() > 1 and forks
+    possible = can_fork(device) and forks
     if requested == "processes" and not possible:
         raise TicketfindError(
             "run.engine: processes needs Linux, several CPU cores and resident data, found"
@@ -231,6 +227,11 @@ def choose(requested: str, device: torch.device, *, arms: int, parameters: int, 
     if requested != "auto":
         return requested
     return "processes" if possible and arms > 1 and parameters <= SMALL_MODEL else "eager"
+
+
+def can_fork(device: torch.device) -> bool:
+    """True if trainings on `device` can go side by side in forked processes."""
+    return device.type == "cpu" and sys.platform == "linux" and cores() > 1
 
 
 def at_once(way: str, arms: int) -> int:

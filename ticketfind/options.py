@@ -120,6 +120,9 @@ Setting = Annotated[Texts, _option("--set", "Any recipe key (train.eval_every=50
 RunOut = Annotated[Path | None, _option("--out", "Run directory; default: runs/NAME.")]
 DryRun = Annotated[bool, _option("--dry-run", "Show the plan; train nothing, write nothing.")]
 
+Blocks = Annotated[int, _option("--blocks", "Times that each is measured, in turn with the others.", min=1)]
+Seconds = Annotated[float, _option("--seconds", "Length of a measurement, about.", min=0.001)]
+
 # tickets and runs
 TicketOrRun = Annotated[Path | None, _argument("TICKET|RUN", "Ticket file or run directory; default: the latest run.")]
 SideA = Annotated[Path, _argument("A", "Ticket file or run.")]

@@ -17,6 +17,7 @@ from ticketfind.results import Round, Spread, Stats
 from ticketfind.terminal import RoundRows, Screen, brief, percent, printable, size, spread
 
 if TYPE_CHECKING:
+    from ticketfind.bench import Timing
     from ticketfind.experiments import Difference, Evaluation
     from ticketfind.masks import Candidate, Overlap
     from ticketfind.recipe import Recipe
@@ -325,6 +326,50 @@ def _plan_json(kept: Sequence[int], iterations: Sequence[int] | None) -> list[di
 def subject(model: str | None, data: str | None) -> str:
     """``lenet-300-100 on digits``; a training of the user's own may have no data that is known here."""
     return f"{model}" if data is None else f"{model} on {data}"
+
+
+def show_bench(screen: Screen, recipe: "Recipe", found: Sequence["Timing"]) -> None:
+    """`bench`."""
+    single = {timing.case.name: timing for timing in found if timing.case.arms == 1}
+    plain = single["plain"]
+    rows = [
+        (
+            timing.case.name,
+            "" if timing.case.way == "plain" else timing.case.way,
+            str(timing.case.arms),
+            *(f"{ms:.3f}" for ms in (min(timing.ms), timing.median, max(timing.ms))),
+            f"{plain.over(timing):.2f}",
+        )
+        for timing in found
+    ]
+    screen.print(_table(("step", "way", "arms", "min", "median", "max", "plain / this"), rows, left=2))
+    ratio = single["masked"].over(single["dense"])
+    best = max((timing for timing in found if timing.case.name == "masked"), key=plain.over)
+    what, batch = subject(recipe.model.spec, recipe.data.spec), recipe.train.batch_size
+    screen.result(
+        f"{what}, batch {batch}, {recipe.train.optimizer}, {recipe.run.device}; milliseconds an iteration and arm;"
+        f" masked / dense {ratio:.3f}; {plain.over(best):.2f} times the plain loop's speed at best"
+        f" ({best.case.way}, {plural(best.case.arms, 'arm')})",
+        {
+            "model": recipe.model.spec,
+            "data": recipe.data.spec,
+            "device": recipe.run.device,
+            "batch_size": batch,
+            "optimizer": recipe.train.optimizer,
+            "masked_over_dense": ratio,
+            "cases": [
+                {
+                    "step": timing.case.name,
+                    "way": timing.case.way,
+                    "arms": timing.case.arms,
+                    "ms": list(timing.ms),
+                    "ms_median": timing.median,
+                    "plain_over_this": plain.over(timing),
+                }
+                for timing in found
+            ],
+        },
+    )
 
 
 def plural(number: int, what: str) -> str:
