@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ticketfind import cli, masks
+from ticketfind import cli, prunable
 from ticketfind import search as searching
 from ticketfind.batches import Data, Split
 from ticketfind.layers import from_layers
@@ -183,7 +183,7 @@ def make_ticket() -> Callable[..., Ticket]:
     def make(task: Task, *, seed: int = 0, keep: float = 0.3, iteration: int = 0) -> Ticket:
         init = task.start(seed)
         generator = torch.Generator().manual_seed(seed)
-        names = [c.name for c in masks.candidates(task.model) if c.pruned]
+        names = [c.name for c in prunable.candidates(task.model) if c.pruned]
         kept = {name: torch.rand(init[name].shape, generator=generator) < keep for name in names}
         about = Provenance(
             recipe={"name": "made"},
@@ -191,7 +191,7 @@ def make_ticket() -> Callable[..., Ticket]:
             replicate=1,
             iteration=iteration,
             sigma={name: float(init[name].double().std(correction=0)) for name in names},
-            aliases=masks.aliases(task.model),
+            aliases=prunable.aliases(task.model),
             claims={"ticket": {"replicates": 2}},
             versions={"ticketfind": "0"},
         )

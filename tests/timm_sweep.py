@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ticketfind import TicketfindError, engine, masks, models, outputs, search
+from ticketfind import TicketfindError, engine, models, outputs, prunable, search
 from ticketfind.batches import Data, Split
 from ticketfind.layers import from_layers
 from ticketfind.masks import SCORES, Masks
@@ -204,7 +204,7 @@ def _search_and_export(report: Report, folder: Path) -> None:
     _assert_same(before.kept, initial, "the rewind point is not the initialization of the seed")
     for names in [[name] for name in arm.masks] if report.scope == "layer" else [list(arm.masks)]:
         _assert_highest_are_kept({name: arm.masks[name] for name in names}, before.final)
-    start = _masked(initial, arm.masks, masks.aliases(task.model))
+    start = _masked(initial, arm.masks, prunable.aliases(task.model))
     _assert_same(after.kept, start, "the masked training does not start at the rewind point")
     for name, mask in arm.masks.items():
         assert bool((after.final[name][~mask] == 0.0).all()), f"{name}: a pruned weight is not 0.0 after training"
@@ -288,7 +288,7 @@ def _describe(report: Report, model: nn.Module) -> None:
     kinds: Counter[str] = Counter()
     whole: Counter[str] = Counter()
     report.parameters = report.prunable = report.standardized = report.frozen = 0
-    for candidate in masks.candidates(model):
+    for candidate in prunable.candidates(model):
         weights = math.prod(candidate.shape)
         report.parameters += weights
         if candidate.pruned:
@@ -298,10 +298,10 @@ def _describe(report: Report, model: nn.Module) -> None:
         elif candidate.reason not in ("bias", "normalization"):
             whole[candidate.reason.removesuffix(" is not a Linear, Conv or attention weight")] += weights
         report.frozen += candidate.reason == "frozen"
-    report.kinds, report.whole, report.tied = dict(kinds.most_common()), dict(whole), len(masks.aliases(model))
+    report.kinds, report.whole, report.tied = dict(kinds.most_common()), dict(whole), len(prunable.aliases(model))
 
 
-def _kind(model: nn.Module, candidate: masks.Candidate) -> str:
+def _kind(model: nn.Module, candidate: prunable.Candidate) -> str:
     layer = model.get_submodule(candidate.name.rpartition(".")[0].partition(".parametrizations")[0])
     groups = getattr(layer, "groups", 1)
     if groups > 1:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ticketfind import TicketfindError, checkpoint, commands, data, engine, masks, models, trainers
+from ticketfind import TicketfindError, checkpoint, commands, data, engine, masks, models, prunable, trainers
 from ticketfind.batches import Data
 from ticketfind.examples import TARGET_KEYS
 from ticketfind.outputs import OutputFn, accuracy, call, cross_entropy, find_class_axis, own_loss, predictions
@@ -116,7 +116,7 @@ def _weights(file: str | None, key: str | None, model: torch.nn.Module, allow: S
         return _Weights({}, None)
     path = Path(file).expanduser()
     found = checkpoint.read(path, key)
-    matched = checkpoint.match(found, models.state_of(model), allow=allow, path=path, aliases=masks.aliases(model))
+    matched = checkpoint.match(found, models.state_of(model), allow=allow, path=path, aliases=prunable.aliases(model))
     return _Weights(matched, checkpoint.dtype(found))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
-from ticketfind import TicketfindError, engine, masks
+from ticketfind import TicketfindError, engine, masks, prunable
 from ticketfind.batches import Batch, Data, Split
 from ticketfind.outputs import call
 from ticketfind.readers import Duration
@@ -88,7 +88,7 @@ def cases(task: Task, how: Train, *, ways: Sequence[str], arms: Sequence[int]) -
 def mask_of(task: Task) -> masks.Masks:
     """A random mask that keeps the share KEPT of each prunable tensor."""
     generator = torch.Generator().manual_seed(0)
-    found = [candidate for candidate in masks.candidates(task.model) if candidate.pruned]
+    found = [candidate for candidate in prunable.candidates(task.model) if candidate.pruned]
     return {c.name: torch.rand(c.shape, generator=generator) < KEPT for c in found}
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ticketfind import TicketfindError
-from ticketfind.masks import check_globs, matches
+from ticketfind.prunable import check_globs, matches
 from ticketfind.specs import suggest
 from ticketfind.tensorfile import read_tensors
 

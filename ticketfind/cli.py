@@ -345,7 +345,7 @@ def inspect(
 
 
 def _inspect_model(spec: str, data: str | None, settings: dict[str, Any], screen: "Screen") -> None:
-    from ticketfind import assemble, layers, masks, train, views
+    from ticketfind import assemble, layers, prunable, train, views
     from ticketfind import search as searching
 
     base = layers.base_layers(None, spec, data)
@@ -353,10 +353,10 @@ def _inspect_model(spec: str, data: str | None, settings: dict[str, Any], screen
     asked = layers.from_layers(*base, layers.nested({"model.spec": spec, **settings}))
     only, skip = asked.prune.only, asked.prune.skip
     if data is None:
-        found = masks.candidates(assemble.model_alone(asked), only=only, skip=skip)
+        found = prunable.candidates(assemble.model_alone(asked), only=only, skip=skip)
         return views.show_model(screen, spec, found, searching.weights_kept(asked, found)[1])
     recipe, task = assemble.assemble(asked)
-    found = masks.candidates(task.model, only=only, skip=skip)
+    found = prunable.candidates(task.model, only=only, skip=skip)
     kept = searching.weights_kept(recipe, found)[1]
     if len(kept) < 2:
         return views.show_model(screen, spec, found, kept)

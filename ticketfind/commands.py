@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ticketfind import TicketfindError, checkpoint, masks
+from ticketfind import TicketfindError, checkpoint, masks, prunable
 from ticketfind.specs import one_line
 from ticketfind.tensorfile import save_tensors
 from ticketfind.train import Arm, Outcome, State, Task, Trainer, Work
@@ -103,7 +103,7 @@ def _alone(file: Path, work: Work) -> Iterator[int]:
 
 def _fill_in(folder: Path, task: Task, arm: Arm, work: Work) -> dict[str, Any]:
     """Write the files that the command reads; what it may have in braces."""
-    tied = {alias: arm.masks[name] for alias, name in masks.aliases(task.model).items() if name in arm.masks}
+    tied = {alias: arm.masks[name] for alias, name in prunable.aliases(task.model).items() if name in arm.masks}
     save_tensors(folder / "init.safetensors", masks.masked(arm.start, {**arm.masks, **tied}))
     save_tensors(folder / "mask.safetensors", arm.masks)
     return {
@@ -201,7 +201,7 @@ def _read(folder: Path, task: Task, arm: Arm, work: Work) -> Outcome:
 def _weights(file: Path, task: Task, arm: Arm) -> State:
     if not file.is_file():
         raise TicketfindError(f"{arm.name}: expected the command to write {file}, a state dict, found no such file")
-    aliases = masks.aliases(task.model)
+    aliases = prunable.aliases(task.model)
     found = checkpoint.read(file)
     return fitting(
         {**found, **checkpoint.match(found, arm.start, allow=("*",), path=file, aliases=aliases)}, arm, str(file)

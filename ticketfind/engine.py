@@ -25,8 +25,9 @@ from torch.optim.sgd import sgd
 
 from ticketfind import TicketfindError
 from ticketfind.batches import Batch, Examples
-from ticketfind.masks import Masks, aliases, masked
+from ticketfind.masks import Masks, masked
 from ticketfind.outputs import OutputFn, call, counted
+from ticketfind.prunable import aliases
 from ticketfind.recipe import Train
 
 T = TypeVar("T")

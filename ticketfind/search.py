@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ticketfind import TicketfindError, __version__, engine, masks, results, rundir
+from ticketfind import TicketfindError, __version__, engine, masks, prunable, results, rundir
 from ticketfind.batches import derived_seed
 from ticketfind.masks import Masks, ScoreFn
 from ticketfind.readers import Duration
@@ -43,7 +43,7 @@ class Watch(Protocol):
 class Plan:
     """What a search will do, known before any training."""
 
-    candidates: list[masks.Candidate]
+    candidates: list[prunable.Candidate]
     groups: list[masks.Group]
     kept: list[int]
     """Weights kept in each round, the dense round 0 first."""
@@ -68,10 +68,10 @@ class Plan:
         return {c.name: c.shape for c in self.candidates if c.pruned}
 
 
-def weights_kept(recipe: Recipe, candidates: list[masks.Candidate]) -> tuple[list[masks.Group], list[int]]:
+def weights_kept(recipe: Recipe, candidates: list[prunable.Candidate]) -> tuple[list[masks.Group], list[int]]:
     """What is ranked together, and the weights kept in each round, the dense round 0 first."""
     settings = recipe.prune
-    masks.check_globs(settings.fraction, [c.name for c in candidates], "prune.fraction")
+    prunable.check_globs(settings.fraction, [c.name for c in candidates], "prune.fraction")
     sizes = {c.name: math.prod(c.shape) for c in candidates if c.pruned}
     groups = masks.make_groups(list(sizes), settings.fraction, settings.scope)
     return groups, masks.plan(sizes, groups, settings.rounds, settings.until)
@@ -80,7 +80,7 @@ def weights_kept(recipe: Recipe, candidates: list[masks.Candidate]) -> tuple[lis
 def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
     """The plan of a resolved recipe. Raises TicketfindError where nothing is left to prune."""
     settings = recipe.prune
-    candidates = masks.candidates(model, only=settings.only, skip=settings.skip)
+    candidates = prunable.candidates(model, only=settings.only, skip=settings.skip)
     if not any(c.pruned for c in candidates):
         raise TicketfindError(
             f"model {recipe.model.spec!r}: expected a parameter to prune, found none; ticketfind inspect MODEL says why"
@@ -188,7 +188,7 @@ class _Job:
                     f"{name}: no weight is left in {emptied}, and the output no longer depends on the input;"
                     " use scope layer or fewer rounds, or start anew with --set prune.allow_collapse=true"
                 )
-        if lost := masks.without_direction(mask, start):
+        if lost := prunable.without_direction(mask, start):
             raise TicketfindError(
                 f"{name}: a whole row of {', '.join(lost)} is pruned, whose length weight_norm divides by;"
                 " --skip it, prune it less (--prune '*=0.2' --prune GLOB=0.05), or take fewer rounds"
@@ -238,7 +238,7 @@ def _about_start(initial: State, plan: Plan, task: Task) -> dict[str, Any]:
     return {
         "iteration": plan.rewind,
         "sigma": sigma,
-        "aliases": masks.aliases(task.model),
+        "aliases": prunable.aliases(task.model),
         "checkpoint_dtype": task.given_dtype,
     }
 

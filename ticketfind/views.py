@@ -19,7 +19,8 @@ from ticketfind.terminal import RoundRows, Screen, brief, percent, printable, si
 if TYPE_CHECKING:
     from ticketfind.bench import Timing
     from ticketfind.experiments import Difference, Evaluation
-    from ticketfind.masks import Candidate, Overlap
+    from ticketfind.masks import Overlap
+    from ticketfind.prunable import Candidate
     from ticketfind.recipe import Recipe
     from ticketfind.rundir import RunDir
     from ticketfind.search import Plan
