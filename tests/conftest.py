@@ -114,11 +114,7 @@ def make_train() -> Callable[..., Train]:
             "iterations": 12, "batch_size": 16, "optimizer": "sgd", "lr": 0.1, "weight_decay": 0, "momentum": 0,
             "schedule": "constant", "warmup": 0, "eval_every": 4,
         }  # fmt: skip
-        return (
-            from_layers({"train": {**plain, **keys}})
-            .resolved(train_size=90, validation=40, device="cpu", engine="eager")
-            .train
-        )
+        return from_layers({"train": {**plain, **keys}}).resolved(train_size=90, validation=40, device="cpu").train
 
     return make
 
@@ -142,7 +138,7 @@ def make_recipe() -> Callable[..., Recipe]:
             section, key = path.split(".")
             layer[section][key] = value
         recipe = from_layers({"name": "tiny"}, layer)
-        return recipe.resolved(train_size=90, validation=40, device="cpu", engine=recipe.run.engine)
+        return recipe.resolved(train_size=90, validation=40, device="cpu")
 
     return make
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from one_arm import OneArm
 
 from ticketfind import TicketfindError, bench
 from ticketfind.batches import Order
-from ticketfind.engine import Lane
 from ticketfind.outputs import cross_entropy
 from ticketfind.recipe import Train
 from ticketfind.train import Task
@@ -32,7 +32,7 @@ def test_the_plain_loop_trains_as_a_lane_does(
     start = {name: value.clone() for name, value in task.model.state_dict().items()}
     run = bench.plain_loop(replace(task, loss=noted), lambda: task.data.train.batches(order), how, kept)
     run(12)
-    lane = Lane(task.model, start, kept, how, cross_entropy, 0)
+    lane = OneArm(task.model, start, kept, how, cross_entropy, 0)
     expected = lane.advance(task.data.train.batches(order), 0, lambda n: None)
     assert losses == pytest.approx(expected, abs=1e-5)
     assert len(losses) == 12

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_arm import OneArm
 from safetensors.numpy import save_file
 
 from ticketfind import TicketfindError, data, formats
-from ticketfind.engine import Lane
 from ticketfind.layers import from_layers
 from ticketfind.outputs import accuracy, cross_entropy
 
@@ -675,7 +675,7 @@ def test_ignored_targets_count_in_neither_loss_nor_metric(tmp_path, layout):
     expected = [losses.mean().item(), right.float().mean().item()]
     whole = found.test.inputs, found.test.targets
     assert [f(*whole).item() for f in (cross_entropy, accuracy)] == pytest.approx(expected)
-    lane = Lane(Identity(), {}, {}, from_layers({}).train, cross_entropy, 0)
+    lane = OneArm(Identity(), {}, {}, from_layers({}).train, cross_entropy, 0)
     for size in (1, 2, 41):  # chunks hold several targets each that count, and not the same number
         assert lane.measure(found.test, (cross_entropy, accuracy), size) == pytest.approx(expected, rel=1e-5)
 

@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from one_arm import OneArm
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
-from ticketfind import TicketfindError, engine
+from ticketfind import TicketfindError, devices, engine, forks
 from ticketfind.batches import Split
-from ticketfind.engine import Diverged, Lane, learning_rate
+from ticketfind.devices import Way
+from ticketfind.engine import Diverged
+from ticketfind.lanes import learning_rate
 from ticketfind.recipe import Train
 from ticketfind.train import Arm, Task, cross_entropy, fit
 
@@ -112,7 +115,7 @@ def assert_trains_as_plain_pytorch(model: nn.Module, how: Train, moved: str) -> 
             parameter.data *= mask
         losses.append(loss.item())
 
-    lane = Lane(model, start, masks, how, cross_entropy, seed=0)
+    lane = OneArm(model, start, masks, how, cross_entropy, seed=0)
     assert lane.advance(batches, 0, nothing) == pytest.approx(losses, abs=1e-6)
     for name, expected in plain.state_dict().items():
         torch.testing.assert_close(lane.state()[name], expected, rtol=0, atol=1e-6, msg=name)
@@ -200,7 +203,7 @@ def test_pruned_weights_are_exactly_zero_at_every_step(
     model = make_task("normed").model
     masks = random_masks(model)
     weights = dict(model.named_parameters())
-    lane = Lane(
+    lane = OneArm(
         model, state_of(model), masks, make_train(iterations=50, **OPTIMIZERS[optimizer]), cross_entropy, seed=0
     )
 
@@ -220,13 +223,13 @@ def test_a_lane_starts_from_exactly_what_it_is_given(
     """Nothing of the model's previous training is left: weights, statistics, optimizer state."""
     task, how, batches = make_task(net), make_train(momentum=0.9), random_batches(6)
     start, masks = task.start(3), random_masks(task.model)
-    Lane(task.model, task.start(4), {}, how, cross_entropy, seed=0).advance(batches, 0, nothing)
-    lane = Lane(task.model, start, masks, how, cross_entropy, seed=0)
+    OneArm(task.model, task.start(4), {}, how, cross_entropy, seed=0).advance(batches, 0, nothing)
+    lane = OneArm(task.model, start, masks, how, cross_entropy, seed=0)
     for name, value in lane.state().items():
         expected = start[name] * masks[name] if name in masks else start[name]
         assert torch.equal(value, expected), name
     losses = lane.advance(batches, 0, nothing)
-    assert losses == Lane(make_task(net).model, start, masks, how, cross_entropy, seed=0).advance(batches, 0, nothing)
+    assert losses == OneArm(make_task(net).model, start, masks, how, cross_entropy, seed=0).advance(batches, 0, nothing)
 
 
 def test_tied_weights_are_masked_under_all_their_names(
@@ -235,7 +238,7 @@ def test_tied_weights_are_masked_under_all_their_names(
     task = make_task("tied")
     mask = torch.rand(12, 12, generator=torch.Generator().manual_seed(0)) < 0.3
     start = task.start(1)
-    lane = Lane(task.model, start, {"encode.weight": mask}, make_train(), cross_entropy, seed=0)
+    lane = OneArm(task.model, start, {"encode.weight": mask}, make_train(), cross_entropy, seed=0)
     for name in ("encode.weight", "decode.weight"):
         assert torch.equal(lane.state()[name], start[name] * mask), name
 
@@ -267,7 +270,7 @@ def test_frozen_and_sometimes_unused_parameters_are_left_alone_as_in_pytorch(
         torchs.zero_grad()
         F.cross_entropy(plain(inputs), targets).backward()
         torchs.step()
-    lane = Lane(model, start, {}, how, cross_entropy, seed=0)
+    lane = OneArm(model, start, {}, how, cross_entropy, seed=0)
     lane.advance(batches, 0, nothing)
     for name, expected in plain.state_dict().items():
         torch.testing.assert_close(lane.state()[name], expected, rtol=0, atol=1e-6, msg=name)
@@ -282,13 +285,13 @@ def test_advance_takes_the_schedule_up_where_it_is_told(
     how, batches = make_train(iterations=30, schedule="cosine", warmup=5, momentum=0.9), random_batches(30)
     task = make_task()
     start = task.start(0)
-    whole = Lane(make_task().model, start, {}, how, cross_entropy, seed=0)
-    parts = Lane(task.model, start, {}, how, cross_entropy, seed=0)
+    whole = OneArm(make_task().model, start, {}, how, cross_entropy, seed=0)
+    parts = OneArm(task.model, start, {}, how, cross_entropy, seed=0)
     losses = whole.advance(batches, 0, nothing)
     assert losses == parts.advance(batches[:13], 0, nothing) + parts.advance(batches[13:], 13, nothing)
     assert all(torch.equal(value, parts.state()[name]) for name, value in whole.state().items())
 
-    lane = Lane(task.model, start, {}, make_train(iterations=30, schedule="cosine"), cross_entropy, seed=0)
+    lane = OneArm(task.model, start, {}, make_train(iterations=30, schedule="cosine"), cross_entropy, seed=0)
     lane.advance(batches[:1], 20, nothing)
     rate = 0.1 * 0.5 * (1 + math.cos(math.pi * 20 / 30))
     plain = make_task().model
@@ -304,7 +307,7 @@ def test_dropout_follows_the_lanes_seed(make_train: Callable[..., Train]) -> Non
             torch.manual_seed(0)
             model = nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.5), nn.Linear(16, 4))
             torch.rand(drawn_before)
-            lane = Lane(model, state_of(model), {}, make_train(), cross_entropy, seed)
+            lane = OneArm(model, state_of(model), {}, make_train(), cross_entropy, seed)
             return lane.advance(random_batches(4), 0, nothing)
 
     assert losses(1, 0) == losses(1, 5)
@@ -325,7 +328,7 @@ def test_measure_is_the_mean_over_the_examples_in_evaluation_mode(make_train: Ca
     generator = torch.Generator().manual_seed(0)
     split = Split(torch.randn(10, 2**18, generator=generator), torch.arange(10) % 4)
     model = Pooled()
-    lane = Lane(model, state_of(model), {}, make_train(), cross_entropy, seed=0)
+    lane = OneArm(model, state_of(model), {}, make_train(), cross_entropy, seed=0)
     sizes = []
 
     def count(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -351,7 +354,7 @@ def test_the_first_loss_that_is_not_finite_is_named(
     model = make_task().model
     batches = random_batches(8)
     batches[5][0][0, 0] = bad
-    lane = Lane(model, state_of(model), {}, make_train(), cross_entropy, seed=0)
+    lane = OneArm(model, state_of(model), {}, make_train(), cross_entropy, seed=0)
     with pytest.raises(Diverged) as caught:
         lane.advance(batches, 100, nothing)
     assert caught.value.iteration == 105
@@ -366,8 +369,8 @@ def test_the_first_loss_that_is_not_finite_is_named(
         ("auto", "cpu", 5, 1000, 2, "processes"),
         ("auto", "cpu", 1, 1000, 2, "eager"),
         ("auto", "cpu", 5, 1000, 1, "eager"),
-        ("auto", "cpu", 5, engine.SMALL_MODEL + 1, 2, "eager"),
-        ("auto", "cuda", 5, 1000, 2, "eager"),
+        ("auto", "cpu", 5, devices.SMALL_MODEL + 1, 2, "eager"),
+        ("auto", "cuda", 5, 1000, 2, "graph"),
         ("eager", "cpu", 5, 1000, 2, "eager"),
         ("processes", "cpu", 1, 10**9, 2, "processes"),
     ],
@@ -376,21 +379,21 @@ def test_the_first_loss_that_is_not_finite_is_named(
 def test_choose(
     requested: str, device: str, arms: int, parameters: int, cores: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "cores", lambda: cores)
-    assert engine.choose(requested, torch.device(device), arms=arms, parameters=parameters) == expected
+    monkeypatch.setattr(forks, "cores", lambda: cores)
+    assert devices.choose(requested, torch.device(device), arms=arms, parameters=parameters) == expected
 
 
 @pytest.mark.parametrize(("device", "cores"), [("cuda", 8), ("cpu", 1)])
 def test_choose_refuses_what_is_not_possible(device: str, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "cores", lambda: cores)
+    monkeypatch.setattr(forks, "cores", lambda: cores)
     with pytest.raises(TicketfindError, match=r"run\.engine: processes needs Linux, several CPU cores"):
-        engine.choose("processes", torch.device(device), arms=5, parameters=1)
+        devices.choose("processes", torch.device(device), arms=5, parameters=1)
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "nonsense", "meta2"])
 def test_a_device_that_is_not_there_is_named(name: str) -> None:
     with pytest.raises(TicketfindError, match=f"run.device: expected a device that works here, found '{name}'"):
-        engine.resolve_device(name)
+        devices.resolve_device(name)
 
 
 @processes
@@ -412,7 +415,7 @@ def test_side_by_side_and_one_after_another_give_the_same_bits(
         return tick
 
     before = torch.get_rng_state()
-    found = {way: list(fit(arms, task, how, way=way, keep_at=5, tick=count(way))) for way in ticks}
+    found = {way: list(fit(arms, task, how, way=Way(way, at_once=8), keep_at=5, tick=count(way))) for way in ticks}
     assert torch.equal(torch.get_rng_state(), before)  # a search leaves the user's generator alone
     assert ticks == dict.fromkeys(ticks, 3 * 12 + 3 * 7)
     for (arm, one), (other_arm, other), expected in zip(found["eager"], found["processes"], arms, strict=True):
@@ -430,7 +433,7 @@ def test_results_come_in_order_whatever_finishes_first(count: int) -> None:
         time.sleep(0.05 if index % 2 == 0 else 0)
         return index**2
 
-    assert list(engine.each("processes", count, train, nothing)) == [index**2 for index in range(count)]
+    assert list(engine.each(Way("processes", at_once=8), count, train, nothing)) == [index**2 for index in range(count)]
     assert not multiprocessing.active_children()
 
 
@@ -473,7 +476,7 @@ def test_an_exception_in_a_training_names_the_arm(
     zero = {name: torch.zeros_like(value) for name, value in task.start(0).items()}
     arms = [Arm("good", task.start(0), {}, 0), Arm("round 7, replicate 2", zero, {}, 0)]
     with pytest.raises(TicketfindError, match=rf"^round 7, replicate 2: .*{text}$"):
-        list(fit(arms, task, make_train(), way=way))
+        list(fit(arms, task, make_train(), way=Way(way, at_once=8)))
     assert not multiprocessing.active_children()
 
 
@@ -486,7 +489,7 @@ def test_a_loss_that_is_not_finite_names_arm_and_iteration(
     huge = {name: value * 1e30 for name, value in task.start(0).items()}
     arms = [Arm("round 0, replicate 0", task.start(0), {}, 0), Arm("round 0, replicate 1", huge, {}, 1, first=3)]
     with pytest.raises(TicketfindError, match=r"^round 0, replicate 1: the loss is not finite at iteration 3;.*--lr"):
-        list(fit(arms, task, make_train(), way=way))
+        list(fit(arms, task, make_train(), way=Way(way, at_once=8)))
     assert not multiprocessing.active_children()
 
 
@@ -518,7 +521,7 @@ def test_a_child_that_dies_is_reported_and_the_others_are_ended(
     arms = [Arm(f"arm {i}", start, {}, 0) for i, start in enumerate((task.start(0), zero, task.start(1)))]
     began = time.monotonic()
     with pytest.raises(TicketfindError, match=r"a training process was killed \(exit code 7\).*--engine eager"):
-        list(fit(arms, task, make_train(), way="processes"))
+        list(fit(arms, task, make_train(), way=Way("processes", at_once=8)))
     assert time.monotonic() - began < 30
     pids = [int(path.name) for path in tmp_path.iterdir()]
     assert len(pids) == 3 and not any(map(alive, pids))
@@ -531,9 +534,9 @@ def test_a_child_that_dies_while_it_reports_is_reported(monkeypatch: pytest.Monk
         os.write(sending.fileno(), (100).to_bytes(4, "big") + b"x" * 50)
         os._exit(9)
 
-    monkeypatch.setattr(engine, "_child", half_a_message)
+    monkeypatch.setattr(forks, "_child", half_a_message)
     with pytest.raises(TicketfindError, match=r"a training process was killed \(exit code 9\)"):
-        list(engine.each("processes", 1, lambda index, tick: None, nothing))
+        list(engine.each(Way("processes", at_once=8), 1, lambda index, tick: None, nothing))
 
 
 @processes
@@ -547,6 +550,6 @@ def test_an_interrupt_ends_the_children(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(engine.each("processes", 3, train, tick))
+        list(engine.each(Way("processes", at_once=8), 3, train, tick))
     assert not any(alive(int(path.name)) for path in tmp_path.iterdir())
     assert not multiprocessing.active_children()

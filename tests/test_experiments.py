@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ticketfind import TicketfindError, experiments, masks, results
 from ticketfind import search as searching
+from ticketfind.devices import EAGER, Way
 from ticketfind.experiments import Evaluation, arm_count, difference, evaluate, noisy, verdict
 from ticketfind.recipe import Recipe, Train
 from ticketfind.results import Measured, Stats
@@ -69,7 +70,7 @@ def test_the_tickets_arm_is_the_searchs_round_again(
     recipe = make_recipe({"prune.rewind": rewind, "run.engine": way})
     rounds = run_search(recipe, make_task(net), tmp_path / "run")
     tickets = searching.tickets(RunDir(tmp_path / "run"), 2)
-    found = evaluate(tickets, make_task(net), recipe.train, seeds=[5, 6], way=way)
+    found = evaluate(tickets, make_task(net), recipe.train, seeds=[5, 6], way=Way(way, at_once=8))
     assert found.arms["ticket"] == rounds[2].stats
     assert found.remaining == rounds[2].remaining
     assert found.arms["dense"] == rounds[0].stats
@@ -89,7 +90,7 @@ def test_a_file_gives_what_the_run_gives(
     ticket = searching.load(RunDir(tmp_path / "run"), 3, 0)
     ticket.save(tmp_path / "t.safetensors")
     from_run, from_file = (
-        evaluate([each], make_task(), recipe.train, seeds=[5, 6], way="eager", noise=[1.0])
+        evaluate([each], make_task(), recipe.train, seeds=[5, 6], way=EAGER, noise=[1.0])
         for each in (ticket, load_ticket(tmp_path / "t.safetensors"))
     )
     assert from_run == from_file
@@ -105,7 +106,7 @@ def test_what_each_arm_starts_from(
     task = make_task("normed")
     tickets = [make_ticket(task, seed=seed, iteration=4) for seed in (7, 8)]
     ticks: list[int] = []
-    found = evaluate(tickets, task, make_train(), seeds=[7, 8], way="eager", noise=[0.5, 2.0], tick=ticks.append)
+    found = evaluate(tickets, task, make_train(), seeds=[7, 8], way=EAGER, noise=[0.5, 2.0], tick=ticks.append)
     assert list(found.arms) == ["dense", "ticket", "noise=0.5", "noise=2", "reinit", "random"]
     assert all(stats.replicates == 2 for stats in found.arms.values())
     assert len(trained_arms) == arm_count(2, [0.5, 2.0]) == 12
@@ -138,7 +139,7 @@ def test_one_ticket_is_tried_with_every_seed(
 ) -> None:  # fmt: skip
     task = make_task()
     ticket = make_ticket(task)
-    found = evaluate([ticket], task, make_train(), seeds=range(3), way="eager", noise=[1.0])
+    found = evaluate([ticket], task, make_train(), seeds=range(3), way=EAGER, noise=[1.0])
     assert all(stats.replicates == 3 for stats in found.arms.values())
     for seed in range(3):
         assert same(trained_arms[f"ticket, seed {seed}"].start, ticket.init)
@@ -160,7 +161,7 @@ def test_all_arms_are_trained_together(
 
     monkeypatch.setattr(experiments, "fit", spy)
     task = make_task()
-    evaluate([make_ticket(task)], task, make_train(iterations=2), seeds=range(2), way="eager", noise=[0.5])
+    evaluate([make_ticket(task)], task, make_train(iterations=2), seeds=range(2), way=EAGER, noise=[0.5])
     assert calls == [10]
 
 
@@ -214,7 +215,7 @@ def test_no_noise_is_the_ticket(
     task = make_task("normed")
     ticket = make_ticket(task)
     assert same(noisy(ticket, 0.0, seed=3), ticket.init)
-    found = evaluate([ticket], task, make_train(), seeds=[0, 1], way="eager", noise=[0.0])
+    found = evaluate([ticket], task, make_train(), seeds=[0, 1], way=EAGER, noise=[0.0])
     assert found.arms["noise=0"] == found.arms["ticket"]
 
 
@@ -222,7 +223,7 @@ def test_noise_reaches_tied_weights(
     make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket]
 ) -> None:
     task = make_task("tied")
-    found = evaluate([make_ticket(task)], task, make_train(), seeds=[0, 1], way="eager", noise=[0.0, 5.0])
+    found = evaluate([make_ticket(task)], task, make_train(), seeds=[0, 1], way=EAGER, noise=[0.0, 5.0])
     assert found.arms["noise=5"] != found.arms["noise=0"]
 
 
@@ -245,7 +246,7 @@ def test_a_model_whose_weights_ignore_the_seed_has_no_reinit(
     plain = make_task()
     weights = plain.fresh(0)
     task = make_task(fresh=lambda seed: dict(weights))
-    found = evaluate([make_ticket(task)], task, make_train(), seeds=[0, 1], way="eager")
+    found = evaluate([make_ticket(task)], task, make_train(), seeds=[0, 1], way=EAGER)
     assert list(found.arms) == ["dense", "ticket", "random"]
     assert found.notes == ("reinit is left out: the model's factory gives the same weights whatever the seed",)
     assert found.verdict.startswith(("inconclusive", "not matching"))
@@ -257,7 +258,7 @@ def test_reinit_of_a_checkpoint_is_the_factorys_own_initialization(
 ) -> None:  # fmt: skip
     plain = make_task()
     task = make_task(given={name: torch.full_like(value, 0.1) for name, value in plain.fresh(0).items()})
-    evaluate([make_ticket(task)], task, make_train(), seeds=[0], way="eager")
+    evaluate([make_ticket(task)], task, make_train(), seeds=[0], way=EAGER)
     assert bool((trained_arms["ticket, seed 0"].start["fc1.weight"] == 0.1).all())
     assert trained_arms["reinit, seed 0"].start["fc1.weight"].std() > 0.05
 
@@ -272,7 +273,7 @@ def test_dense_and_random_of_a_compact_ticket(
     ticket = make_ticket(task)
     ticket.about.recipe["model"] = {"checkpoint": checkpoint}
     ticket.save(tmp_path / "c", layout="compact")
-    settings: dict[str, Any] = {"seeds": [0, 1], "way": "eager", "noise": [0.5]}
+    settings: dict[str, Any] = {"seeds": [0, 1], "way": EAGER, "noise": [0.5]}
     compact = evaluate([load_ticket(tmp_path / "c")], task, make_train(), **settings)
     full = evaluate([ticket], task, make_train(), **settings)
     own = ("ticket", "noise=0.5", "reinit")
@@ -292,9 +293,7 @@ def test_a_ticket_of_another_network_is_refused_before_any_training(
 ) -> None:
     ticks: list[int] = []
     with pytest.raises(TicketfindError, match=r"the ticket does not fit the model: norm\.weight is not in the ticket"):
-        evaluate(
-            [make_ticket(make_task())], make_task("normed"), make_train(), seeds=[0], way="eager", tick=ticks.append
-        )
+        evaluate([make_ticket(make_task())], make_task("normed"), make_train(), seeds=[0], way=EAGER, tick=ticks.append)
     assert not ticks
 
 
@@ -305,7 +304,7 @@ def test_an_iteration_outside_the_training_is_refused(
 ) -> None:  # fmt: skip
     ticket = make_ticket(make_task(), iteration=iteration)
     with pytest.raises(TicketfindError, match=f"iteration: expected 0 to 11, .* found {iteration}"):
-        evaluate([ticket], make_task(), make_train(), seeds=[0], way="eager")
+        evaluate([ticket], make_task(), make_train(), seeds=[0], way=EAGER)
 
 
 # --------------------------------------------------------------------------------------------- the verdict
@@ -408,7 +407,7 @@ def test_an_evaluation_says_what_its_figures_say(
     make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket]
 ) -> None:
     task = make_task()
-    found = evaluate([make_ticket(task)], task, make_train(), seeds=[0, 1], way="eager", tolerance=100)
+    found = evaluate([make_ticket(task)], task, make_train(), seeds=[0, 1], way=EAGER, tolerance=100)
     assert isinstance(found, Evaluation)
     assert found.verdict == verdict(found.arms, found.remaining, tolerance=100, test_size=60)
     assert found.verdict.startswith(("winning", "matching but not special"))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ticketfind import models
+from ticketfind.devices import Way
 from ticketfind.train import Arm, fit, is_disconnected
 
 
@@ -34,7 +35,7 @@ def test_the_second_arm_is_as_if_it_were_the_first(way, make_task, make_train):
     model.fc = nn.Linear(task.data.train.inputs.flatten(1).shape[1], task.data.classes)
     task = dataclasses.replace(task, model=model)
     start = models.state_of(model)
-    (_, one), (_, other) = fit([Arm(name, start, {}, 3) for name in "ab"], task, make_train(), way=way)
+    (_, one), (_, other) = fit([Arm(name, start, {}, 3) for name in "ab"], task, make_train(), way=Way(way, at_once=8))
     assert one.points == other.points
     assert model.calls == 0
 

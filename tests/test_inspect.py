@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ticketfind import engine, models
+from ticketfind import forks, models
 
 NET = """
 import torch
@@ -74,7 +74,7 @@ def test_with_data_it_is_what_a_search_would_do(command):
     assert min(found["first_step_seconds"], found["step_seconds"]) > 0
 
 
-@pytest.mark.skipif(sys.platform != "linux" or engine.cores() < 2, reason="side by side needs Linux and two cores")
+@pytest.mark.skipif(sys.platform != "linux" or forks.cores() < 2, reason="side by side needs Linux and two cores")
 def test_memory_grows_with_the_trainings_at_once(command):
     one, many = (
         command("inspect", "net.py:Net", *LENGTH, "--replicates", str(n), "--engine", way, "--json").json["memory"]

@@ -93,9 +93,7 @@ def test_the_default_recipe_is_what_an_empty_one_gives():
     ],
 )
 def test_shipped_recipes_are_the_papers(name, iterations, batch_size, optimizer, lr, fraction, scope):
-    found = from_layers(layers.find_layer(name)).resolved(
-        train_size=45_000, validation=5_000, device="cpu", engine="eager"
-    )
+    found = from_layers(layers.find_layer(name)).resolved(train_size=45_000, validation=5_000, device="cpu")
     assert found.name == name
     assert int(found.train.iterations) == iterations
     assert (found.train.batch_size, found.train.optimizer, found.train.lr) == (batch_size, optimizer, lr)
@@ -115,7 +113,7 @@ def test_every_shipped_recipe_is_tested_above():
     ("name", "milestones"), [("resnet-20", [20_000, 25_000]), ("vgg-19", [56_250, 84_375])]
 )  # vgg-19: epochs 80 and 120 of 45,000 / 64 iterations
 def test_milestones_of_the_shipped_recipes(name, milestones):
-    found = from_layers(layers.find_layer(name)).resolved(train_size=45_000, validation=1, device="cpu", engine="eager")
+    found = from_layers(layers.find_layer(name)).resolved(train_size=45_000, validation=1, device="cpu")
     assert list(map(int, found.train.milestones)) == milestones
 
 
@@ -281,7 +279,7 @@ def test_a_long_wrong_value_is_cut():
 
 
 def resolve(layer, train_size=1000, validation=100):
-    return from_layers(layer).resolved(train_size=train_size, validation=validation, device="cpu", engine="eager")
+    return from_layers(layer).resolved(train_size=train_size, validation=validation, device="cpu")
 
 
 def test_a_resolved_recipe_has_nothing_left_implicit():
@@ -289,12 +287,12 @@ def test_a_resolved_recipe_has_nothing_left_implicit():
     assert int(found.train.iterations) == round(4 * 1000 / 64)
     assert (int(found.train.eval_every), int(found.train.warmup)) == (16, 6)
     assert int(found.prune.rewind) == 1  # 2 % of the training, from scratch
-    assert (found.data.validation, found.run.device, found.run.engine) == (100, "cpu", "eager")
+    assert (found.data.validation, found.run.device) == (100, "cpu")
 
 
 def test_resolving_twice_changes_nothing():
     once = resolve({"train": {"schedule": "step", "milestones": ["2ep", "50%"], "warmup": "3%"}})
-    assert once.resolved(train_size=1000, validation=100, device="cpu", engine="eager") == once
+    assert once.resolved(train_size=1000, validation=100, device="cpu") == once
     assert from_layers(layers.parse_value(layers.to_yaml(once))) == once
 
 

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ticketfind import TicketfindError, engine, results
+from ticketfind import TicketfindError, results
 from ticketfind import search as searching
 from ticketfind.batches import Order
+from ticketfind.devices import EAGER
 from ticketfind.masks import SCORES
 from ticketfind.recipe import Recipe
 from ticketfind.rundir import RunDir
@@ -106,7 +107,7 @@ def test_the_search_is_the_papers_algorithm_in_plain_pytorch(
             for iteration in range(first, 12):
                 if round == 0 and iteration == 4 and rewind == "4it":
                     start = copy.deepcopy(model.state_dict())
-                inputs, targets = next(task.data.train.batches(Order(seed, 16, iteration, 12)))
+                inputs, targets = next(iter(task.data.train.batches(Order(seed, 16, iteration, 12))))
                 optimizer.zero_grad()
                 F.cross_entropy(model(inputs), targets).backward()
                 for name, mask in kept.items():
@@ -250,7 +251,7 @@ def test_survivors_start_from_the_bits_of_iteration_k(
     for replicate in range(2):
         start = task.start(5 + replicate)
         if k:  # an independent dense training that ends at k; the learning rates up to there are the same
-            ((_, outcome),) = fit([Arm("short", start, {}, 5 + replicate)], task, recipe.train, way="eager", keep_at=k)
+            ((_, outcome),) = fit([Arm("short", start, {}, 5 + replicate)], task, recipe.train, way=EAGER, keep_at=k)
             assert outcome.kept is not None
             start = outcome.kept
         expected.append(start)
@@ -309,7 +310,7 @@ def test_rewinding_to_the_training_that_is_restarted(
     run_search(recipe, task, tmp_path / "run")
     kept = load_file(tmp_path / "run/init/0.safetensors")
     arms = [Arm("whole", task.start(5), {}, 5), Arm("rest", kept, {}, 5, first=5)]
-    (_, whole), (_, rest) = fit(arms, task, recipe.train, way="eager")
+    (_, whole), (_, rest) = fit(arms, task, recipe.train, way=EAGER)
     assert same(whole.final, rest.final)
 
 
@@ -647,13 +648,12 @@ def test_a_search_that_would_prune_nothing_is_refused(
 
 
 def test_memory_counts_the_trainings_that_run_at_once(
-    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe]
 ) -> None:
-    monkeypatch.setattr(engine, "cores", lambda: 1)
     model = make_task().model
     one, four, many = (
-        searching.make_plan(make_recipe({"run.engine": way, "run.replicates": replicates}), model).memory
-        for way, replicates in (("eager", 50), ("processes", 4), ("processes", 50))
+        searching.make_plan(make_recipe({"run.arms_at_once": most, "run.replicates": replicates}), model).memory
+        for most, replicates in ((1, 50), (4, 50), (9, 4))
     )
     parameters = sum(p.numel() for p in model.parameters())
     assert one == 4 * (3 * parameters + 432)  # weights, gradients, momentum; masks as numbers

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from ticketfind import TicketfindError, train
 from ticketfind.batches import Data, Order, Split
+from ticketfind.devices import EAGER
 from ticketfind.examples import Source, source_of
 from ticketfind.streams import Flow, Stream
 
@@ -120,7 +121,7 @@ def fitted(make_task, make_train, wrap, first=0, start_seed=0):
     parts = [wrap(TensorDataset(*pair(n, n))) for n in (50, 23, 31)]
     task = make_task(Net, data=Data(*parts, ("flip", "crop")))
     arm = train.Arm("a", task.start(start_seed), {}, 7, first)
-    ((_, outcome),) = train.fit([arm], task, make_train(momentum=0.9, batch_size=9), way="eager", keep_at=first + 1)
+    ((_, outcome),) = train.fit([arm], task, make_train(momentum=0.9, batch_size=9), way=EAGER, keep_at=first + 1)
     return outcome
 
 
@@ -184,7 +185,10 @@ def test_a_reading_process_that_is_killed():
 
 
 def test_an_iterator_closed_early_ends_its_processes():
-    for batches in (stream(TensorDataset(*pair()), 2).batches(Order(0, 5, 0, 10**9)), flow(Counting(), 10).chunks(1)):
+    for batches in (
+        stream(TensorDataset(*pair()), 2).batches(Order(0, 5, 0, 10**9)).blocks,
+        flow(Counting(), 10).chunks(1),
+    ):
         next(batches)
         assert multiprocessing.active_children()
         batches.close()
@@ -281,7 +285,7 @@ def test_a_training_on_a_flow(make_task, make_train):
 
     task = make_task(Two, data=data)
     whole, again = (
-        next(train.fit([train.Arm("a", task.start(0), {}, 7)], task, make_train(lr=1e-4), way="eager"))[1] for _ in "ab"
+        next(train.fit([train.Arm("a", task.start(0), {}, 7)], task, make_train(lr=1e-4), way=EAGER))[1] for _ in "ab"
     )
     assert whole.points == again.points
     assert whole.test_size == 40

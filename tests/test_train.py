@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ticketfind import TicketfindError
 from ticketfind.batches import Order, derived_seed
+from ticketfind.devices import EAGER
 from ticketfind.outputs import accuracy, cross_entropy
 from ticketfind.recipe import Train
 from ticketfind.train import (
@@ -35,7 +36,7 @@ def batch_indices(examples: int, batch_size: int, seed: int, start: int, stop: i
 
 
 def fit_one(arm: Arm, task: Task, how: Train, keep_at: int | None = None) -> Outcome:
-    ((_, outcome),) = fit([arm], task, how, way="eager", keep_at=keep_at)
+    ((_, outcome),) = fit([arm], task, how, way=EAGER, keep_at=keep_at)
     return outcome
 
 
@@ -197,7 +198,7 @@ def test_evaluations_come_at_fixed_iterations_and_at_the_end(
     how = make_train(iterations=iterations, eval_every=every)
     ticks: list[int] = []
     arm = Arm("arm", task.start(0), {}, 0, first)
-    ((_, outcome),) = fit([arm], task, how, way="eager", tick=ticks.append)
+    ((_, outcome),) = fit([arm], task, how, way=EAGER, tick=ticks.append)
     assert [point.iteration for point in outcome.points] == expected
     assert sum(ticks) == iterations - first
 
@@ -214,7 +215,7 @@ def test_arms_do_not_depend_on_each_other(make_task: Callable[..., Task], make_t
     """One network object serves all arms: an arm ends the same alone as after others, BatchNorm included."""
     task, how = make_task("normed"), make_train(momentum=0.9)
     arms = [Arm(f"arm {seed}", task.start(seed), {}, seed) for seed in range(3)]
-    together = [outcome for _, outcome in fit(arms, task, how, way="eager")]
+    together = [outcome for _, outcome in fit(arms, task, how, way=EAGER)]
     alone = fit_one(arms[2], make_task("normed"), how)
     assert same(together[2].final, alone.final)
     assert together[2].points == alone.points

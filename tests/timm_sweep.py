@@ -30,8 +30,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ticketfind import TicketfindError, engine, models, outputs, prunable, search
+from ticketfind import TicketfindError, forks, models, outputs, prunable, search
 from ticketfind.batches import Data, Split
+from ticketfind.devices import EAGER
 from ticketfind.layers import from_layers
 from ticketfind.masks import SCORES, Masks
 from ticketfind.recipe import Recipe
@@ -250,9 +251,7 @@ def _recipe(report: Report) -> Recipe:
         "prune": {"fraction": FRACTION, "rounds": 1, "scope": report.scope, "rewind": "0it"},
         "run": {"replicates": 1, "seed": 0, "tolerance": 100},
     }  # fmt: skip
-    return from_layers({"name": report.member}, layer).resolved(
-        train_size=2 * BATCH, validation=BATCH, device="cpu", engine="eager"
-    )
+    return from_layers({"name": report.member}, layer).resolved(train_size=2 * BATCH, validation=BATCH, device="cpu")
 
 
 class _Trainings:
@@ -263,7 +262,7 @@ class _Trainings:
 
     def __call__(self, task: Task, arm: Arm, work: Work) -> Outcome:
         ((_, outcome),) = fit(
-            [arm], replace(task, trainer=None), work.how, way="eager", keep_at=arm.first, tick=work.tick
+            [arm], replace(task, trainer=None), work.how, way=EAGER, keep_at=arm.first, tick=work.tick
         )
         self.done.append((arm, outcome))
         return outcome
@@ -408,7 +407,7 @@ def sweep(items: Sequence[Item], *, jobs: int, limit: float) -> Iterator[Report]
     while waiting or running:
         while waiting and len(running) < jobs:
             receiving, sending = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(sending, waiting[0], max(1, engine.cores() // jobs)))
+            process = context.Process(target=_child, args=(sending, waiting[0], max(1, forks.cores() // jobs)))
             process.start()
             sending.close()
             running[receiving] = (waiting.pop(0), process, time.monotonic())

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ticketfind import TicketfindError, checkpoint, commands, data, engine, masks, models, prunable, trainers
+from ticketfind import TicketfindError, checkpoint, commands, data, devices, forks, masks, models, prunable, trainers
 from ticketfind.batches import Data
 from ticketfind.examples import TARGET_KEYS
 from ticketfind.outputs import OutputFn, accuracy, call, cross_entropy, find_class_axis, own_loss, predictions
-from ticketfind.recipe import Recipe, RecipeError
+from ticketfind.recipe import Recipe, RecipeError, Run
 from ticketfind.specs import is_code, load_object, one_line
 from ticketfind.train import Task, Trainer
 
@@ -28,7 +28,7 @@ def assemble(recipe: Recipe, *, arms: int | None = None) -> tuple[Recipe, Task]:
     """
     if recipe.data.spec is None and not recipe.train.is_external:
         raise RecipeError("data.spec: expected the data to train on; give --data")
-    device = engine.resolve_device(recipe.run.device)
+    device = devices.resolve_device(recipe.run.device)
     recipe, found = _load_data(recipe, device)
     inputs = None if found is None else found.example()[0]
     if found is not None and found.outputs is None:
@@ -40,18 +40,10 @@ def assemble(recipe: Recipe, *, arms: int | None = None) -> tuple[Recipe, Task]:
     if found is not None and isinstance(inputs, dict):
         found = found.select(_taken(model, recipe, inputs))
     resident = None if found is None else found.is_resident
-    way = engine.choose(
-        recipe.run.engine,
-        device,
-        arms=arms or recipe.run.replicates,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        forks=resident is True and not recipe.train.is_external,
-    )
     resolved = recipe.resolved(
         train_size=None if found is None else len(found.train),
         validation=None if found is None else len(found.validation),
         device=str(device),
-        engine=way,
         resident=resident,
     )
     given = _weights(recipe.model.checkpoint, recipe.model.checkpoint_key, model, recipe.model.allow_mismatch)
@@ -69,7 +61,37 @@ def assemble(recipe: Recipe, *, arms: int | None = None) -> tuple[Recipe, Task]:
         metric=_function(recipe.train.metric, "metric") or accuracy,
         trainer=_trainer(recipe),
     )
-    return resolved, task if recipe.train.is_external else _fitting(recipe, task)
+    if not recipe.train.is_external:
+        task = _fitting(recipe, task)
+    return dataclasses.replace(resolved, run=_settled(resolved, task, arms or recipe.run.replicates)), task
+
+
+def _settled(recipe: Recipe, task: Task, arms: int) -> Run:
+    """How `arms` trainings share the device."""
+    run, own = recipe.run, not recipe.train.is_external
+    devices.check_precision(run.precision, task.device)
+    rounds = 1 if recipe.prune.rounds is None else recipe.prune.rounds + 1
+    name = devices.choose(
+        run.engine,
+        task.device,
+        arms=arms,
+        parameters=sum(parameter.numel() for parameter in task.model.parameters()),
+        steps=int(recipe.train.iterations) * rounds * arms,
+        forks=task.data is not None and task.data.is_resident and own,
+        own=own,
+    )
+
+    def arm_bytes() -> int:
+        assert task.data is not None
+        return devices.arm_bytes(task.model, recipe.train, task.loss, task.data.train.first(recipe.train.batch_size))
+
+    by_rule = own and devices.is_faster_with_channels_last(task.model, name, task.device, run.precision)
+    return dataclasses.replace(
+        run,
+        engine=name,
+        arms_at_once=devices.most_at_once(name, run.arms_at_once, arms, task.device, arm_bytes),
+        channels_last=by_rule if run.channels_last is None else run.channels_last,
+    )
 
 
 def _load_data(recipe: Recipe, device: torch.device) -> tuple[Recipe, Data | None]:
@@ -86,8 +108,8 @@ def _load_data(recipe: Recipe, device: torch.device) -> tuple[Recipe, Data | Non
         stratify=asked.stratify,
         augment=asked.augment,
         resident=asked.resident,
-        workers=min(engine.cores(), 8) if asked.workers is None else asked.workers,
-        memory=engine.total_memory(device) / 3,
+        workers=min(forks.cores(), 8) if asked.workers is None else asked.workers,
+        memory=devices.total_memory(device) / 3,
     )
     return dataclasses.replace(recipe, data=dataclasses.replace(asked, args=args)), found
 

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -118,6 +118,44 @@ class Order:
             yield part.view(stop - start, self.batch_size, *part.shape[1:])
 
 
+@dataclass(frozen=True)
+class Feed:
+    """The batches of a training, one after another, or as the tensors that they are made from."""
+
+    blocks: Iterator[tuple[Tensor, ...]]
+    """Tensors [k, b, ...] of k iterations in a row, on the device."""
+    batch: Callable[..., Batch]
+    """Each tensor's part [b, ...] of an iteration -> its batch; row by row, and nothing but tensor arithmetic."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for block in self.blocks:
+            for row in zip(*block, strict=True):
+                yield self.batch(*row)
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch]) -> "Feed":
+        """Of batches that are read as they come."""
+        names: list[str] = []  # of a dict's entries, known once a batch is
+
+        def blocks() -> Iterator[tuple[Tensor, ...]]:
+            for inputs, targets in batches:
+                names[:] = inputs if isinstance(inputs, dict) else []
+                yield tuple(tensor[None] for tensor in (*tensors_of(inputs), targets))
+
+        def batch(*row: Tensor) -> Batch:
+            *tensors, targets = row
+            return dict(zip(names, tensors, strict=True)) if names else tensors[0], targets
+
+        return cls(blocks(), batch)
+
+    @classmethod
+    def merged(cls, feeds: Sequence["Feed"]) -> "Feed":
+        """Several feeds of the same data as one: batches [r * b, ...] of the r feeds' batches in order."""
+        together = zip(*(feed.blocks for feed in feeds), strict=True)
+        blocks = (tuple(torch.cat(parts, dim=1) for parts in zip(*one_each, strict=True)) for one_each in together)
+        return cls(blocks, feeds[0].batch)
+
+
 # ---------------------------------------------------------------------------------------- the examples
 
 
@@ -134,7 +172,7 @@ class Examples(Protocol):
     def to(self, device: torch.device) -> "Examples":
         """The same, with batches on `device`."""
 
-    def batches(self, order: Order) -> Iterator[Batch]:
+    def batches(self, order: Order) -> Feed:
         """The batches of a training."""
 
     def first(self, size: int) -> Batch:
@@ -172,11 +210,9 @@ class Split:
         """This split on `device`."""
         return Split(map_inputs(lambda t: t.to(device), self.inputs), self.targets.to(device))
 
-    def batches(self, order: Order) -> Iterator[Batch]:
+    def batches(self, order: Order) -> Feed:
         """The batches of a training."""
-        for block in order.indices(len(self)):
-            for indices in block.to(self.targets.device):
-                yield self.batch(indices)
+        return Feed(((block.to(self.targets.device),) for block in order.indices(len(self))), self.batch)
 
     def first(self, size: int) -> Batch:
         """The first `size` examples, or as many as there are."""
@@ -248,13 +284,21 @@ class Data:
         splits = [part for part in (self.train, self.validation, self.test) if isinstance(part, Split)]
         return sum(t.numel() * t.element_size() for s in splits for t in (*tensors_of(s.inputs), s.targets))
 
-    def training(self, order: Order) -> Iterator[Batch]:
+    def training(self, order: Order) -> Feed:
         """The batches of a training, augmented."""
-        batches = self.train.batches(order)
+        feed = self.train.batches(order)
         if not self.augment:
-            return batches
+            return feed
         draws = itertools.chain.from_iterable(order.draws(len(self.train), 3))
-        return (
-            (map_inputs(lambda t, draw=draw: augmented(t, draw, self.augment), inputs), targets)  # type: ignore[misc]
-            for (inputs, targets), draw in zip(batches, draws, strict=False)
-        )
+
+        def blocks() -> Iterator[tuple[Tensor, ...]]:
+            for block in feed.blocks:
+                drawn = torch.stack([*itertools.islice(draws, len(block[0]))])
+                yield *block, drawn.to(block[0].device)
+
+        def batch(*row: Tensor) -> Batch:
+            *rest, draw = row
+            inputs, targets = feed.batch(*rest)
+            return map_inputs(lambda t: augmented(t, draw, self.augment), inputs), targets
+
+        return Feed(blocks(), batch)

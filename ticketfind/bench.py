@@ -13,8 +13,9 @@ import torch
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
-from ticketfind import TicketfindError, engine, masks, prunable
+from ticketfind import TicketfindError, devices, masks, prunable
 from ticketfind.batches import Batch, Data, Split
+from ticketfind.devices import Way
 from ticketfind.outputs import call
 from ticketfind.readers import Duration
 from ticketfind.recipe import Train
@@ -69,7 +70,7 @@ def cases(task: Task, how: Train, *, ways: Sequence[str], arms: Sequence[int]) -
         def run(iterations: int) -> None:
             length = dataclasses.replace(how, iterations=Duration(iterations), eval_every=Duration(iterations))
             trained = [Arm(f"arm {seed}", small.start(seed), mask, seed) for seed in range(count)]
-            for _ in fit(trained, small, length, way=way):
+            for _ in fit(trained, small, length, way=Way(way, at_once=count)):
                 pass
 
         return run
@@ -156,4 +157,4 @@ def _iterations(case: Case, seconds: float) -> int:
 
 def ways(device: torch.device) -> list[str]:
     """The ways of training several arms that can be timed on `device`."""
-    return ["eager", *(["processes"] if engine.can_fork(device) else [])]
+    return ["eager", *(["processes"] if devices.can_fork(device) else [])]

@@ -162,7 +162,7 @@ def evaluate(
     A ticket file is enough: its recipe is inside it.
     """
     began = time.monotonic()
-    from ticketfind import assemble, experiments, files, layers, terminal, views
+    from ticketfind import assemble, devices, experiments, files, layers, terminal, views
     from ticketfind import search as searching
     from ticketfind.data import takes_args
     from ticketfind.ticket import load_ticket
@@ -200,7 +200,7 @@ def evaluate(
             task,
             resolved.train,
             seeds=range(first, first + count),
-            way=resolved.run.engine,
+            way=devices.Way.of(resolved.run),
             noise=levels,
             tolerance=resolved.run.tolerance,
             tick=progress.tick,

@@ -1,333 +1,349 @@
-"""Training steps, and how several arms share a device. The only file that knows about devices.
+"""How several arms are trained on one device: one after another, side by side, stacked, recorded, compiled.
 
-Knows no epochs, rounds, files or data-set names.
+This and `devices` are all that knows about devices. Knows no epochs, rounds, files or data-set names.
 """
 
+import copy
+import itertools
 import math
-import multiprocessing
-import os
-import pickle
-import signal
-import sys
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
-from torch.optim.adamw import adamw
-from torch.optim.sgd import sgd
 
-from ticketfind import TicketfindError
-from ticketfind.batches import Batch, Examples
-from ticketfind.masks import Masks, masked
-from ticketfind.outputs import OutputFn, call, counted
-from ticketfind.prunable import aliases
+from ticketfind import TicketfindError, forks
+from ticketfind.batches import Examples, Feed
+from ticketfind.devices import SMALL_MODEL, Way, autocast
+from ticketfind.forks import Tick
+from ticketfind.lanes import Context, Lane, Loss, Member, Stack, State, functional, learning_rate
+from ticketfind.masks import Masks
+from ticketfind.outputs import OutputFn, counted
 from ticketfind.recipe import Train
+from ticketfind.specs import one_line
 
 T = TypeVar("T")
-Tick = Callable[[int], None]
-"""Called with the number of iterations done since the last call."""
 
-SMALL_MODEL = 1_000_000
-"""Parameters up to which one core is enough for a training step (docs/performance.md has the measurement)."""
-
-PROCESSES_PER_CORE = 4
-"""Small trainings under way at once, for each CPU core."""
+UNROLLED = 8
+"""Steps of a small model in one CUDA graph."""
 
 
 class Diverged(TicketfindError):
-    """The loss is no longer a finite number."""
+    """The loss of an arm is no longer a finite number."""
 
-    def __init__(self, iteration: int) -> None:
-        super().__init__(iteration)
-        self.iteration = iteration
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of a recipe's `run.device`; auto: CUDA where there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise TicketfindError(f"run.device: expected auto, cpu or cuda (cuda:1), found {name!r}")
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).split("\n", 1)[0]
-        raise TicketfindError(f"run.device: expected a device that works here, found {name!r}: {first}") from error
-    return device
+    def __init__(self, iteration: int, arm: int) -> None:
+        super().__init__(iteration, arm)
+        self.iteration, self.arm = iteration, arm
 
 
-def total_memory(device: torch.device) -> float:
-    """Bytes of memory that the device and this machine have, the smaller of the two; a container's limit counts."""
-    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if hasattr(os, "sysconf") else 2.0**33
-    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        with suppress(OSError, ValueError):  # no such file, or "max"
-            memory = min(memory, float(limit.read_text()))
-    return min(memory, torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else memory
+# --------------------------------------------------------------------------------------- arms in lockstep
 
 
-# -------------------------------------------------------------------------------------- one arm, step by step
-
-
-def learning_rate(how: Train, iteration: int) -> float:
-    """The learning rate of an iteration (from 0): linear warmup, then the schedule."""
-    warmup, total = int(how.warmup), int(how.iterations)
-    if iteration < warmup:
-        return how.lr * (iteration + 1) / warmup
-    if how.schedule == "cosine":
-        return how.lr * 0.5 * (1 + math.cos(math.pi * (iteration - warmup) / max(1, total - warmup)))
-    return float(how.lr * 0.1 ** sum(iteration >= int(milestone) for milestone in how.milestones))
-
-
-class _Optimizer:
-    """PyTorch's own update rules, called as functions on lists of tensors.
-
-    As ``torch.optim``'s classes do, but without their bookkeeping, which costs a small network a fifth of its step
-    (and a second at start-up). A parameter without a gradient is left alone, as there.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], how: Train) -> None:
-        self._parameters = parameters
-        self._how = how
-        self._first: list[Tensor | None] = [None] * len(parameters)
-        self._second: list[Tensor] = []
-        self._steps: list[Tensor] = []
-        if how.optimizer != "sgd" or how.momentum:  # from zero, momentum's first step is the gradient, as there
-            self._first = [torch.zeros_like(p) for p in parameters]
-        if how.optimizer != "sgd":
-            self._second = [torch.zeros_like(p) for p in parameters]
-            self._steps = [torch.zeros((), device=p.device) for p in parameters]
-
-    def step(self, grads: Sequence[Tensor | None], lr: float) -> None:
-        live = [i for i, grad in enumerate(grads) if grad is not None]
-        whole = len(live) == len(grads)
-
-        def pick(values: Sequence[T]) -> list[T]:
-            return list(values) if whole else [values[i] for i in live]
-
-        parameters, gradients, first = (
-            pick(self._parameters),
-            [g for g in grads if g is not None],
-            pick(self._first),
-        )
-        decay = self._how.weight_decay
-        if self._how.optimizer == "sgd":
-            sgd(
-                parameters, gradients, first, fused=True, weight_decay=decay, momentum=self._how.momentum, lr=lr,
-                dampening=0.0, nesterov=False, maximize=False,
-            )  # fmt: skip
-            return
-        update = adamw if self._how.optimizer == "adamw" else adam
-        update(
-            parameters, gradients, first, pick(self._second), [], pick(self._steps), fused=True, amsgrad=False,  # type: ignore[arg-type]
-            beta1=0.9, beta2=0.999, lr=lr, weight_decay=decay, eps=1e-8, maximize=False,
-        )  # fmt: skip
-
-
-@torch.no_grad()
-def put(model: nn.Module, start: Mapping[str, Tensor], masks: Masks) -> None:
-    """Put `start` under `masks` into `model`; of tied parameters the one that has the mask counts."""
-    state, tied = model.state_dict(), aliases(model)
-    for name, value in masked(start, masks).items():
-        if name not in tied:
-            state[name].copy_(value)
-
-
-class Lane:
-    """One arm's training under way. Pruned weights are exactly zero at all times."""
+class Lockstep:
+    """Arms under way together, one iteration of each at a time, eagerly."""
 
     def __init__(
-        self, model: nn.Module, start: Mapping[str, Tensor], masks: Masks, how: Train, loss: OutputFn, seed: int
+        self,
+        members: Sequence[Member],
+        feeds: Sequence[Feed],
+        how: Train,
+        first: int = 0,
+        context: Context = nullcontext,
     ) -> None:
-        """Put `start` under `masks` into `model`, which the lane owns from here on; fresh optimizer state."""
-        torch.manual_seed(seed)
-        self._model, self._how, self._loss = model, how, loss
-        put(model, start, masks)
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._leaves = list(named.values())
-        self._weights = [p.detach() for p in self._leaves]
-        pruning = {name: mask for name, mask in masks.items() if name in named and not bool(mask.all())}
-        self._pruned_weights = [w for w, name in zip(self._weights, named, strict=True) if name in pruning]
-        self._keep = [pruning[name].to(device=p.device, dtype=p.dtype) for name, p in named.items() if name in pruning]
-        self._optimizer = _Optimizer(self._weights, how)
+        """feeds: of each member. first: the iteration to begin with."""
+        self._members, self._how, self._at, self._context = members, how, first, context
+        self._batches = [iter(feed) for feed in feeds]
 
-    def advance(self, batches: Iterable[Batch], first: int, tick: Tick) -> list[float]:
-        """Train on `batches`, the first of which is iteration `first`; the losses, fetched once at the end.
+    def advance(self, iterations: int, tick: Tick) -> list[list[float]]:
+        """Train on; each arm's losses, fetched once at the end.
 
         Raises Diverged at the first loss that is not finite.
         """
-        self._model.train()
-        losses = []
-        iteration = first
-        for inputs, targets in batches:
-            loss = self._loss(call(self._model, inputs), targets)
-            grads = self._own(torch.autograd.grad(loss, self._leaves, allow_unused=True))
-            self._optimizer.step(grads, learning_rate(self._how, iteration))
-            if self._keep:
-                torch._foreach_mul_(self._pruned_weights, self._keep)
-            losses.append(loss.detach())
-            iteration += 1
-            tick(1)
-        values: list[float] = torch.stack(losses).tolist()
-        for offset, value in enumerate(values):
-            if not math.isfinite(value):
-                raise Diverged(first + offset)
-        return values
+        for member in self._members:
+            member.ready(to_train=True)
+        losses = self._train(iterations, tick).tolist()
+        first = self._at
+        self._at += iterations
+        for offset, of_arms in enumerate(losses):
+            for arm, loss in enumerate(of_arms):
+                if not math.isfinite(loss):
+                    raise Diverged(first + offset, arm)
+        return [list(of_arm) for of_arm in zip(*losses, strict=True)]
 
-    def _own(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradients in their weights' memory layout, as ``backward`` leaves them: the fused updates rely on it."""
-        dense = [g.to_dense() if g is not None and g.layout != torch.strided else g for g in grads]  # of embeddings
-        return [
-            g if g is None or g.stride() == w.stride() else torch.empty_like(w).copy_(g)
-            for g, w in zip(dense, self._weights, strict=True)
-        ]
+    def _train(self, iterations: int, tick: Tick) -> Tensor:
+        """The losses, [iterations, arms]."""
+        of_members = []
+        for number, (member, batches) in enumerate(zip(self._members, self._batches, strict=True)):
+            losses = []
+            for iteration, batch in enumerate(itertools.islice(batches, iterations), self._at):
+                losses.append(member.step(batch, learning_rate(self._how, iteration)))
+                if number == 0:
+                    tick(1)
+            of_members.append(torch.stack(losses))
+        return torch.cat(of_members, dim=1)
 
     @torch.no_grad()
-    def measure(self, examples: Examples, functions: Sequence[OutputFn], batch_size: int) -> list[float]:
-        """The mean of each function over all examples, in evaluation mode; fetched from the device once."""
-        self._model.eval()
-        device = self._weights[0].device
-        sums = torch.zeros(len(functions), dtype=torch.float64, device=device)
-        weight = torch.zeros((), dtype=torch.float64, device=device)
+    def measure(self, examples: Examples, functions: Sequence[OutputFn], batch_size: int) -> Tensor:
+        """The mean of each function over all examples, in evaluation mode: float64 [arms, functions], on the device."""
+        sums = weight = torch.zeros((), dtype=torch.float64)
+        for member in self._members:
+            member.ready(to_train=False)
+        networks = [network for member in self._members for network in member.networks()]
         for inputs, targets in examples.chunks(batch_size):
-            outputs, here = call(self._model, inputs), counted(targets)
-            values = torch.stack([f(outputs, targets).double() for f in functions])
-            sums += torch.where(torch.as_tensor(here, device=device) > 0, here * values, 0.0)  # the mean of none is NaN
-            weight += here
-        means: list[float] = (sums / weight).tolist()
-        return means
+            here = torch.as_tensor(counted(targets), device=targets.device)
+            means = []
+            for network in networks:
+                with self._context():
+                    outputs = network(inputs)
+                    means.append(torch.stack([f(outputs, targets).double() for f in functions]))
+            values = torch.stack(means)
+            sums = sums.to(values.device) + torch.where(here > 0, here * values, 0.0)  # the mean of none is NaN
+            weight = weight.to(values.device) + here
+        return sums / weight
 
-    def state(self) -> dict[str, Tensor]:
-        """A copy of every parameter and buffer."""
-        return {k: v.detach().clone() for k, v in self._model.state_dict().items() if isinstance(v, Tensor)}
+    def states(self) -> list[dict[str, Tensor]]:
+        """A copy of every parameter and buffer of each arm."""
+        return [state for member in self._members for state in member.states()]
 
 
-# --------------------------------------------------------------------------------- several arms on a device
+class Rehearsed(Lockstep):
+    """The same, where it is not known that the members can be trained: tried when it is made, and undone."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        feeds: Sequence[Feed],
+        how: Train,
+        first: int = 0,
+        context: Context = nullcontext,
+    ) -> None:
+        super().__init__(members, feeds, how, first, context)
+        batches = [next(each) for each in self._batches]
+        self._batches = [itertools.chain([batch], rest) for batch, rest in zip(batches, self._batches, strict=True)]
+        with unchanged(members):
+            for member, batch in zip(members, batches, strict=True):
+                member.ready(to_train=True)
+                member.step(batch, 0.0)
 
 
-def choose(requested: str, device: torch.device, *, arms: int, parameters: int, forks: bool = True) -> str:
-    """The way that `arms` trainings share `device`: "eager", one after another, or "processes", side by side.
+@contextmanager
+def unchanged(members: Sequence[Member]) -> Iterator[None]:
+    """What steps inside do to members is undone."""
+    before = [[t.clone() for t in member.everything()] for member in members]
+    yield
+    for member, kept in zip(members, before, strict=True):
+        for tensor, value in zip(member.everything(), kept, strict=True):
+            tensor.copy_(value)
+        member.restart_optimizer()
 
-    auto: side by side for small models (up to SMALL_MODEL parameters) on a CPU with several cores, where a training
-    step has no work for a second core. forks: False for trainings that start processes of their own, which cannot
-    go side by side. Raises TicketfindError where side by side is asked for and not possible.
+
+class Replayed(Lockstep):
+    """Arms whose step is recorded once as a CUDA graph and replayed: batches, losses, gradients, updates, masks.
+
+    What changes from step to step is in tensors of fixed places: what the next batches are made from, their learning
+    rates, and the row of both that is next, which each step moves on. So no schedule needs another recording, and the
+    host waits for the device where losses are fetched, and nowhere else. Several members are branches of one graph,
+    which the device may run at the same time. Without CUDA the same is done step by step, for tests.
     """
-    possible = can_fork(device) and forks
-    if requested == "processes" and not possible:
-        raise TicketfindError(
-            "run.engine: processes needs Linux, several CPU cores and resident data, found"
-            + (f" device {device.type}" if forks else " data that is streamed, or a training of your own")
-        )
-    if requested != "auto":
-        return requested
-    return "processes" if possible and arms > 1 and parameters <= SMALL_MODEL else "eager"
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        feeds: Sequence[Feed],
+        how: Train,
+        first: int = 0,
+        context: Context = nullcontext,
+    ) -> None:
+        super().__init__(members, feeds, how, first, context)
+        self._batch, self._blocks = [feed.batch for feed in feeds], [feed.blocks for feed in feeds]
+        self._rows = [[t.clone() for t in next(blocks)] for blocks in self._blocks]
+        self._filled, self._done = len(self._rows[0][0]), 0
+        device = self._rows[0][0].device
+        self._rates = torch.zeros(self._filled, device=device)
+        self._losses = torch.zeros(self._filled, sum(member.arms for member in members), device=device)
+        self._next = torch.zeros(1, dtype=torch.int64, device=device)
+        cuda = device.type == "cuda"
+        self._streams = [_stream(device) for _ in members] if cuda and len(members) > 1 else []
+        for member in members:
+            member.ready(to_train=True)
+        weights = sum(t.numel() for member in members for t in member.everything())
+        several = self._filled >= UNROLLED and weights <= SMALL_MODEL * self._losses.shape[1]
+        with unchanged(members):
+            with _beside(device):  # before a recording libraries must be warm, on another stream than the usual one
+                for _ in range(3):
+                    self._next.zero_()
+                    self._step()
+            self._replays = {steps: self._recorded(steps, device) for steps in ((UNROLLED, 1) if several else (1,))}
+        self._begin_rows(first)
+
+    def _recorded(self, steps: int, device: torch.device) -> Callable[[], None]:
+        """So many steps as one call."""
+
+        def run() -> None:
+            for _ in range(steps):
+                self._step()
+
+        if device.type != "cuda":
+            return run
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may pin memory meanwhile
+            run()
+        return graph.replay
+
+    def _step(self) -> None:
+        """One iteration of each member, of the next row; tensors of fixed places in, and out."""
+        rate = self._rates.index_select(0, self._next).squeeze(0)
+        losses = []
+        for number, member in enumerate(self._members):
+            with self._branch(number):
+                row = (t.index_select(0, self._next).squeeze(0) for t in self._rows[number])
+                losses.append(member.step(self._batch[number](*row), rate))
+        for stream in self._streams:
+            torch.cuda.current_stream().wait_stream(stream)
+        self._losses.index_copy_(0, self._next, torch.cat(losses)[None])
+        self._next += 1
+
+    def _branch(self, member: int) -> AbstractContextManager[object]:
+        if not self._streams:
+            return nullcontext()
+        stream = self._streams[member]
+        stream.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(stream)
+
+    def _train(self, iterations: int, tick: Tick) -> Tensor:
+        found, at, stop = [], self._at, self._at + iterations
+        while at < stop:
+            if self._done == self._filled:
+                self._load_rows(at)
+            begin, end = self._done, min(self._done + stop - at, self._filled)
+            for steps, replay in self._replays.items():
+                while end - self._done >= steps:
+                    replay()
+                    self._done += steps
+                    tick(steps)
+            found.append(self._losses[begin:end].clone())
+            at += end - begin
+        return torch.cat(found)
+
+    def _load_rows(self, iteration: int) -> None:
+        for rows, blocks in zip(self._rows, self._blocks, strict=True):
+            block = next(blocks)
+            self._filled = len(block[0])
+            for row, new in zip(rows, block, strict=True):
+                row[: self._filled].copy_(new)
+        self._begin_rows(iteration)
+
+    def _begin_rows(self, iteration: int) -> None:
+        rates = [learning_rate(self._how, iteration + ahead) for ahead in range(self._filled)]
+        self._rates[: self._filled].copy_(torch.tensor(rates))
+        self._next.zero_()
+        self._done = 0
 
 
-def can_fork(device: torch.device) -> bool:
-    """True if trainings on `device` can go side by side in forked processes."""
-    return device.type == "cpu" and sys.platform == "linux" and cores() > 1
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def at_once(way: str, arms: int) -> int:
-    """How many of `arms` trainings are in memory together."""
-    return min(arms, PROCESSES_PER_CORE * cores()) if way == "processes" else 1
+@contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """On CUDA, inside is a stream of its own."""
+    if device.type != "cuda":
+        yield
+        return
+    usual, side = torch.cuda.current_stream(device), _stream(device)
+    side.wait_stream(usual)
+    with torch.cuda.stream(side):
+        yield
+    usual.wait_stream(side)
 
 
-def each(way: str, count: int, train: Callable[[int, Tick], T], tick: Tick) -> Iterator[T]:
-    """``train(i, tick)`` for i from 0 to count - 1, in this order, by the way that `choose` named."""
-    if way == "processes":
-        yield from _side_by_side(count, train, tick)
+# ------------------------------------------------------------------------------------------ beginning
+
+
+@dataclass
+class _Known:
+    """What has been found out about a network."""
+
+    failed: set[str]
+    """Ways that cannot train it."""
+    compiled: dict[OutputFn, Loss]
+
+
+_known: "WeakKeyDictionary[nn.Module, _Known]" = WeakKeyDictionary()
+
+
+def begin(
+    way: Way,
+    model: nn.Module,
+    starts: Sequence[tuple[State, Masks]],
+    feeds: Callable[[], list[Feed]],
+    how: Train,
+    loss: OutputFn,
+    *,
+    device: torch.device,
+    seed: int = 0,
+    first: int = 0,
+    note: Callable[[str], None] = lambda text: None,
+) -> Lockstep:
+    """Arms of `model`, which is copied, from `starts` under masks, at iteration `first`; fresh optimizer state.
+
+    feeds: makes the arms' batches anew. seed: of what networks draw at random. Where the way cannot train this network,
+    the next best can: eagerly, one after another, at last. note: told why, once.
+    """
+    context = autocast(way, device)
+    known = _known.setdefault(model, _Known(set(), {}))
+
+    def lanes(compiled: Loss | None = None) -> list[Member]:
+        return [
+            Lane(
+                copy.deepcopy(model), start, masks, how, loss,
+                compiled=compiled, context=context, channels_last=way.channels_last,
+            )
+            for start, masks in starts
+        ]  # fmt: skip
+
+    def stacked() -> list[Member]:
+        return [Stack(copy.deepcopy(model), starts, how, loss, context=context)]
+
+    def compiled() -> list[Member]:
+        if loss not in known.compiled:
+            known.compiled[loss] = torch.compile(functional(copy.deepcopy(model).train(), loss), dynamic=False)
+        return lanes(known.compiled[loss])
+
+    def attempts() -> Iterator[tuple[str, Callable[[], Lockstep]]]:
+        make = {"stacked": stacked, "graph": lanes, "compile": compiled}.get(way.name)
+        if make is not None and device.type == "cuda":
+            yield (
+                f"--engine {way.name}, recorded as a CUDA graph,",
+                lambda: Replayed(make(), fed(), how, first, context),
+            )
+        if make in (stacked, compiled):
+            yield f"--engine {way.name}", lambda: Rehearsed(make(), fed(), how, first, context)
+
+    def fed() -> list[Feed]:
+        return [Feed.merged(feeds())] if way.name == "stacked" else feeds()
+
+    try:
+        for what, attempt in attempts():
+            if what in known.failed:
+                continue
+            try:
+                return attempt()
+            except Exception as error:  # vmap, compiler and recording have limits of many kinds
+                known.failed.add(what)
+                note(f"{what} cannot train this model, which is trained without: {one_line(error)[:200]}")
+        return Lockstep(lanes(), feeds(), how, first, context)
+    finally:
+        torch.manual_seed(seed)
+
+
+def each(way: Way, count: int, train: Callable[[int, Tick], T], tick: Tick) -> Iterator[T]:
+    """``train(i, tick)`` for i from 0 to count - 1, in this order: side by side, or one after another."""
+    if way.name == "processes":
+        yield from forks.side_by_side(count, way.at_once, train, tick)
     else:
         for index in range(count):
             yield train(index, tick)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _side_by_side(count: int, train: Callable[[int, Tick], T], tick: Tick) -> Iterator[T]:
-    """Each training in a forked process with one thread; results in order.
-
-    One thread each, so that the numbers do not depend on how many cores there are; more processes than cores, so
-    that five replicates keep two cores busy to the end.
-    """
-    context = multiprocessing.get_context("fork")
-    running: dict[Connection, tuple[int, multiprocessing.context.ForkProcess]] = {}
-    done: dict[int, T] = {}
-    started = delivered = 0
-    try:
-        while delivered < count:
-            while started < count and len(running) < at_once("processes", count):
-                receiving, sending = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(sending, train, started, os.getpid()), daemon=True)
-                with warnings.catch_warnings():  # Python >= 3.12 warns of forks beside threads; the child uses one
-                    warnings.simplefilter("ignore", DeprecationWarning)
-                    process.start()
-                sending.close()
-                running[receiving] = (started, process)
-                started += 1
-            tick(0)
-            for connection in wait(list(running), timeout=0.2):
-                assert isinstance(connection, Connection)
-                index, process = running[connection]
-                try:
-                    kind, value = pickle.loads(connection.recv_bytes())
-                except (EOFError, OSError):  # OSError: killed in the middle of a message
-                    process.join()
-                    raise TicketfindError(
-                        f"a training process was killed (exit code {process.exitcode});"
-                        " where memory ran short, use --engine eager"
-                    ) from None
-                if kind == "tick":
-                    tick(value)
-                    continue
-                if kind == "error":
-                    raise value
-                done[index] = value
-                del running[connection]
-                connection.close()
-                process.join()
-            while delivered in done:
-                yield done.pop(delivered)
-                delivered += 1
-    finally:
-        for connection, (_, process) in running.items():
-            process.kill()
-            process.join()
-            connection.close()
-
-
-def _child(sending: Connection, train: Callable[[int, Tick], T], index: int, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
-    pending, last = 0, time.monotonic()
-
-    def tick(iterations: int) -> None:
-        nonlocal pending, last
-        pending += iterations
-        now = time.monotonic()
-        if now - last > 0.1:
-            if os.getppid() != parent:
-                os._exit(1)
-            sending.send_bytes(pickle.dumps(("tick", pending)))
-            pending, last = 0, now
-
-    try:
-        result = train(index, tick)
-        sending.send_bytes(pickle.dumps(("tick", pending)))
-        sending.send_bytes(pickle.dumps(("done", result)))
-    except BaseException as error:
-        try:
-            sending.send_bytes(pickle.dumps(("error", error)))
-        except Exception:
-            sending.send_bytes(pickle.dumps(("error", RuntimeError(f"{type(error).__name__}: {error}"))))

@@ -10,7 +10,8 @@ import torch
 
 from ticketfind import TicketfindError, masks, results
 from ticketfind.batches import derived_seed
-from ticketfind.engine import Tick
+from ticketfind.devices import EAGER, Way
+from ticketfind.forks import Tick
 from ticketfind.recipe import Train
 from ticketfind.results import Stats
 from ticketfind.ticket import Ticket
@@ -37,7 +38,7 @@ def evaluate(
     how: Train,
     *,
     seeds: Sequence[int],
-    way: str,
+    way: Way = EAGER,
     noise: Sequence[float] = (),
     tolerance: float | None = None,
     tick: Tick = lambda n: None,
@@ -54,7 +55,8 @@ def evaluate(
     arms, notes = _arms(tickets, task, how, seeds, noise)
     measured: dict[str, list[results.Measured]] = {}
     test_size = None
-    with closing(fit([arm for _, arm in arms], task, how, way=way, tick=tick, folder=folder)) as trained:
+    trainings = fit([arm for _, arm in arms], task, how, way=way, tick=tick, note=notes.append, folder=folder)
+    with closing(trainings) as trained:
         for (kind, _), (_, outcome) in zip(arms, trained, strict=True):
             measured.setdefault(kind, []).append(outcome.measured)
             test_size = outcome.test_size

@@ -85,6 +85,8 @@ class Train:
     """constant; cosine: to zero along half a cosine; step: divided by 10 at each of `milestones`."""
     milestones: tuple[Duration, ...] = _key(readers.list_of(readers.duration, "a list of iterations"), [])
     """Where the step schedule divides the learning rate by 10."""
+    clip: float | None = _key(readers.or_null(readers.positive), None)
+    """Length that gradients (over all weights) are shortened to; null: no clipping."""
     warmup: Duration = _key(readers.duration, "5%")
     """Linear rise of the learning rate from zero at the start."""
     eval_every: Duration = _key(readers.duration, "5%")
@@ -140,10 +142,14 @@ class Run:
     """Replicate r uses seed + r."""
     device: str = _key(readers.text, "auto")
     """auto, cpu, cuda, cuda:1."""
-    precision: str = _key(readers.choice("fp32"), "fp32")
-    """Arithmetic of the training."""
-    engine: str = _key(readers.choice("auto", "eager", "processes"), "auto")
-    """How arms share the machine: eager, one after another; processes, side by side on CPU cores."""
+    precision: str = _key(readers.choice("fp32", "tf32", "bf16"), "fp32")
+    """Arithmetic of the training: fp32; tf32 (CUDA); bf16, weights kept in fp32."""
+    engine: str = _key(readers.choice("auto", "eager", "processes", "stacked", "graph", "compile"), "auto")
+    """How arms share the machine: eager, processes, stacked, graph or compile; auto: by rule, see docs/guide.md."""
+    arms_at_once: int | None = _key(readers.or_null(readers.whole(1)), None)
+    """Arms trained together by processes, stacked and graph, at most; null: as many as the memory holds."""
+    channels_last: bool | None = _key(readers.or_null(readers.flag), None)
+    """Images and convolutions with the channels last in memory; null: by rule, see docs/guide.md."""
     tolerance: float | None = _key(readers.or_null(readers.not_negative), None)
     """Percentage points below the dense mean that still match; null: one sd of the dense replicates."""
 
@@ -163,9 +169,9 @@ class Recipe:
     run: Run = field(default_factory=Run)
 
     def resolved(
-        self, *, train_size: int | None, validation: int | None, device: str, engine: str, resident: bool | None = True
+        self, *, train_size: int | None, validation: int | None, device: str, resident: bool | None = True
     ) -> "Recipe":
-        """This recipe with nothing left implicit.
+        """This recipe with nothing left implicit but for how arms share the device, which `engine` settles.
 
         train_size, validation: examples left for training and held out; None without data. Raises RecipeError where
         the parts contradict each other or the data.
@@ -209,7 +215,7 @@ class Recipe:
                 milestones=tuple(map(lengths.at, self.train.milestones)),
             ),
             prune=dataclasses.replace(self.prune, rewind=rewind),
-            run=dataclasses.replace(self.run, device=device, engine=engine),
+            run=dataclasses.replace(self.run, device=device),
         )
 
     def code_specs(self, *, score: bool = True) -> dict[str, str]:

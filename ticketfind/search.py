@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ticketfind import TicketfindError, __version__, engine, masks, prunable, results, rundir
+from ticketfind import TicketfindError, __version__, masks, prunable, results, rundir
 from ticketfind.batches import derived_seed
+from ticketfind.devices import Way
 from ticketfind.masks import Masks, ScoreFn
 from ticketfind.readers import Duration
 from ticketfind.recipe import Recipe
@@ -100,7 +101,7 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
         if settings.rounds == 1:
             iterations[1], measured = 0, 1
     parameters, replicates = sum(math.prod(c.shape) for c in candidates), recipe.run.replicates
-    at_once = engine.at_once(recipe.run.engine, replicates)
+    at_once = min(recipe.run.arms_at_once or 1, replicates)
     optimizer_slots = 2 if recipe.train.optimizer != "sgd" else int(recipe.train.momentum > 0)
     memory = 4 * at_once * (parameters * (2 + optimizer_slots) + kept[0])
     starts = replicates * (len(kept) if moves else 1)
@@ -167,9 +168,10 @@ class _Job:
             arms,
             self.task,
             how,
-            way=self.recipe.run.engine,
+            way=Way.of(self.recipe.run),
             keep_at=self.plan.rewind if round == 0 else None,
             tick=self.watch.tick,
+            note=self.watch.note,
             folder=self.run.arms_folder,
         )
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ticketfind import TicketfindError
-from ticketfind.batches import Batch, Order, chunk_size, derived_seed, map_inputs, seed_all, seeded
+from ticketfind.batches import Batch, Feed, Order, chunk_size, derived_seed, map_inputs, seed_all, seeded
 from ticketfind.examples import Source
 from ticketfind.outputs import Inputs
 from ticketfind.specs import one_line
@@ -60,11 +60,11 @@ class Stream:
         """This stream with these of its named inputs only."""
         return replace(self, source=self.source.select(names))
 
-    def batches(self, order: Order) -> Iterator[Batch]:
+    def batches(self, order: Order) -> Feed:
         """The batches of a training; what the data set draws at random follows from seed and iteration."""
         rows = itertools.chain.from_iterable(order.indices(len(self)))
         seeds = (derived_seed(order.seed, "read", iteration) for iteration in itertools.count(order.first))
-        return self._read((seed, self.indices[row]) for seed, row in zip(seeds, rows, strict=False))
+        return Feed.of(self._read((seed, self.indices[row]) for seed, row in zip(seeds, rows, strict=False)))
 
     def first(self, size: int) -> Batch:
         """The first `size` examples, or as many as there are."""
@@ -113,9 +113,9 @@ class Flow:
         """This flow with these of its named inputs only."""
         return replace(self, source=self.source.select(names))
 
-    def batches(self, order: Order) -> Iterator[Batch]:
+    def batches(self, order: Order) -> Feed:
         """The batches of a training; those before its first are read and passed over."""
-        return _load(_FlowReader(self.source, order.batch_size, order), 1, self.device, batch_size=None)
+        return Feed.of(_load(_FlowReader(self.source, order.batch_size, order), 1, self.device, batch_size=None))
 
     def first(self, size: int) -> Batch:
         """The first `size` examples, or as many as there are."""

@@ -1,20 +1,23 @@
 """Training arms and measuring them: schedule of evaluations, early stop, metrics. Knows no rounds and no disk."""
 
 import copy
+import dataclasses
 import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ticketfind import TicketfindError, engine
+from ticketfind import TicketfindError, devices, engine, lanes
 from ticketfind.batches import Data, Order, derived_seed
-from ticketfind.engine import Tick
+from ticketfind.devices import EAGER, Way
+from ticketfind.engine import Lockstep
+from ticketfind.forks import Tick
 from ticketfind.masks import Masks
 from ticketfind.outputs import OutputFn, accuracy, call, cross_entropy, predictions
 from ticketfind.recipe import Train
@@ -130,97 +133,142 @@ def fit(
     task: Task,
     how: Train,
     *,
-    way: str,
+    way: Way = EAGER,
     keep_at: int | None = None,
     tick: Tick = lambda n: None,
+    note: Callable[[str], None] = lambda text: None,
     folder: Path | None = None,
 ) -> Generator[tuple[Arm, Outcome], None, None]:
     """Train every arm to ``how.iterations``; each with its outcome, in order, as it is finished.
 
-    way: how the arms share the device, as `engine.choose` says; the numbers do not depend on it beyond rounding.
-    keep_at: iteration whose weights are kept in the outcome. tick: told of the iterations done. folder: for the files
-    of an outside program that trains.
+    way: how the arms share the device; the numbers do not depend on it beyond rounding. keep_at: iteration whose
+    weights are kept in the outcome. tick: told of the iterations done. note: told what the user should know.
+    folder: for the files of an outside program that trains.
     Raises TicketfindError, naming the arm, where a loss is no longer finite (the iteration too) or the training fails.
     """
+    together = [*_together(arms, way.at_once if way.in_lockstep else 1)]
 
-    def train(index: int, tick: Tick) -> Outcome:
-        with _faults_of(arms[index].name, how):
-            return (task.trainer or _train)(task, arms[index], Work(how, keep_at, tick, folder))
+    def train(index: int, tick: Tick) -> list[Outcome]:
+        work = Work(how, keep_at, tick, folder)
+        with _faults_of(together[index], how):
+            if task.trainer is not None:
+                return [task.trainer(task, arm, work) for arm in together[index]]
+            return _train(task, together[index], work, way, note)
 
-    yield from zip(arms, engine.each(way, len(arms), train, tick), strict=True)
+    outcomes = itertools.chain.from_iterable(engine.each(way, len(together), train, tick))
+    yield from zip(arms, outcomes, strict=True)
+
+
+def _together(arms: Sequence[Arm], most: int) -> Iterator[list[Arm]]:
+    """The arms in their order, in groups that begin at the same iteration."""
+    for _, same in itertools.groupby(arms, key=lambda arm: arm.first):
+        while group := list(itertools.islice(same, most)):
+            yield group
 
 
 @contextmanager
-def _faults_of(name: str, how: Train) -> Iterator[None]:
+def _faults_of(arms: Sequence[Arm], how: Train) -> Iterator[None]:
     """Whatever goes wrong inside is told in one line that says in which training."""
     try:
         yield
     except engine.Diverged as error:
         raise TicketfindError(
-            f"{name}: the loss is not finite at iteration {error.iteration}; try a lower --lr (now {how.lr:g}), or look"
-            " at the data (values that are no good, a batch in which no label counts)"
+            f"{arms[error.arm].name}: the loss is not finite at iteration {error.iteration}; try a lower --lr (now"
+            f" {how.lr:g}), or look at the data (values that are no good, a batch in which no label counts)"
         ) from None
     except TicketfindError:
         raise
     except Exception as error:
-        raise TicketfindError(f"{name}: training failed: {one_line(error)}") from error
+        names = arms[0].name if len(arms) == 1 else f"{arms[0].name} to {arms[-1].name}"
+        raise TicketfindError(f"{names}: training failed: {one_line(error)}") from error
 
 
 def judge(arms: Iterable[Arm], task: Task, how: Train) -> Generator[tuple[Arm, Outcome], None, None]:
     """Every arm with the outcome that `task.trained`, weights from elsewhere, stand for; measured, not trained."""
     for arm in arms:
-        with _faults_of(f"{arm.name}, from model.trained", how):
-            lane = engine.Lane(copy.deepcopy(task.model), {**arm.start, **task.trained}, arm.masks, how, task.loss, 0)
-            point = _point(lane, task, how, int(how.iterations), None)
-        yield arm, Outcome((point,), lane.state(), arm.start, measured([point]), _test_size(task))
+        with _faults_of([dataclasses.replace(arm, name=f"{arm.name}, from model.trained")], how):
+            start = {**arm.start, **task.trained}
+            training = engine.begin(EAGER, task.model, [(start, arm.masks)], list, how, task.loss, device=task.device)
+            points = _points(training, task, how, int(how.iterations), [None])
+            final = training.states()[0]
+        yield arm, Outcome(tuple(points), final, arm.start, measured(points), _test_size(task))
 
 
-def _train(task: Task, arm: Arm, work: Work) -> Outcome:
-    how, keep_at, data = work.how, work.keep_at, task.data
+def _train(
+    task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Callable[[str], None] = lambda text: None
+) -> list[Outcome]:
+    """Train arms that begin at the same iteration."""
+    how, keep_at, data, first = work.how, work.keep_at, task.data, arms[0].first
     assert data is not None
     total, every = int(how.iterations), int(how.eval_every)
     measured_at = {*range(every, total, every), total}
-    stops = sorted(stop for stop in measured_at | {keep_at or 0} if stop > arm.first)
-    cuda = [task.device] if task.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        model = copy.deepcopy(task.model)  # what is in no state dict starts afresh too
-        lane = engine.Lane(model, arm.start, arm.masks, how, task.loss, derived_seed(arm.seed, "draws"))
-        kept = lane.state() if keep_at == arm.first else None
-        points: list[Point] = []
-        losses: list[float] = []
-        batches = data.training(Order(arm.seed, how.batch_size, arm.first, total))
-        at = arm.first
-        for stop in stops:
-            losses += lane.advance(itertools.islice(batches, stop - at), at, work.tick)
-            at = stop
-            if at == keep_at:
-                kept = lane.state()
-            if at in measured_at:
-                points.append(_point(lane, task, how, at, sum(losses) / len(losses)))
-                losses = []
-        return Outcome(tuple(points), lane.state(), kept, measured(points), _test_size(task))
+    stops = sorted(stop for stop in measured_at | {keep_at or 0} if stop > first)
+    with _own_draws(task), devices.arithmetic(way, task.device, task.model):
+        training = engine.begin(
+            way,
+            task.model,
+            [(arm.start, arm.masks) for arm in arms],
+            lambda: [data.training(Order(arm.seed, how.batch_size, first, total)) for arm in arms],
+            how,
+            task.loss,
+            device=task.device,
+            seed=derived_seed(arms[0].seed, "draws"),
+            first=first,
+            note=note,
+        )
+        kept: Sequence[State | None] = training.states() if keep_at == first else [None] * len(arms)
+        points: list[list[Point]] = []
+        losses: list[list[float]] = [[] for _ in arms]
+        for at, stop in zip([first, *stops], stops, strict=False):
+            for before, new in zip(losses, training.advance(stop - at, work.tick), strict=True):
+                before += new
+            if stop == keep_at:
+                kept = training.states()
+            if stop in measured_at:
+                points.append(_points(training, task, how, stop, [sum(part) / len(part) for part in losses]))
+                losses = [[] for _ in arms]
+        return [
+            Outcome(tuple(own), final, state, measured(own), _test_size(task))
+            for own, final, state in zip(zip(*points, strict=True), training.states(), kept, strict=True)
+        ]
 
 
-def _point(lane: engine.Lane, task: Task, how: Train, iteration: int, train_loss: float | None) -> Point:
+def _own_draws(task: Task) -> AbstractContextManager[None]:
+    """What is drawn at random inside changes nothing outside."""
+    return torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else [])
+
+
+def _points(
+    training: Lockstep, task: Task, how: Train, iteration: int, train_loss: Sequence[float | None]
+) -> list[Point]:
+    """Each arm's evaluation."""
     assert task.data is not None
-    validation = lane.measure(task.data.validation, (task.loss, task.metric), how.batch_size)
-    test = lane.measure(task.data.test, (task.metric,), how.batch_size)
-    if not all(map(math.isfinite, (*validation, *test))):
-        raise engine.Diverged(iteration)
-    return Point(iteration, train_loss, *validation, *test)
+    validation = training.measure(task.data.validation, (task.loss, task.metric), how.batch_size)
+    test = training.measure(task.data.test, (task.metric,), how.batch_size)
+    rows: list[list[float]] = torch.cat([validation, test], dim=1).tolist()
+    for arm, row in enumerate(rows):
+        if not all(map(math.isfinite, row)):
+            raise engine.Diverged(iteration, arm)
+    return [Point(iteration, loss, *row) for loss, row in zip(train_loss, rows, strict=True)]
 
 
 def step_seconds(task: Task, how: Train, steps: int = 5) -> list[float]:
     """The time that each of the first `steps` iterations of a dense training takes, its batch's reading included."""
     assert task.data is not None
-    seconds = []
-    cuda = [task.device] if task.device.type == "cuda" else []
-    with _faults_of("the first steps", how), torch.random.fork_rng(devices=cuda):
-        lane = engine.Lane(copy.deepcopy(task.model), task.start(0), {}, how, task.loss, 0)
-        batches = task.data.training(Order(0, how.batch_size, 0, steps))
-        for iteration in range(steps):
+    data, start, seconds = task.data, Arm("the first steps", task.start(0), {}, 0), []
+    with _faults_of([start], how), _own_draws(task):
+        training = engine.begin(
+            EAGER,
+            task.model,
+            [(start.start, {})],
+            lambda: [data.training(Order(0, how.batch_size, 0, steps))],
+            how,
+            task.loss,
+            device=task.device,
+        )
+        for _ in range(steps):
             began = time.perf_counter()
-            lane.advance([next(batches)], iteration, lambda n: None)
+            training.advance(1, lambda n: None)
             seconds.append(time.perf_counter() - began)
     return seconds
 
@@ -243,7 +291,7 @@ def is_disconnected(task: Task, start: State, masks: Masks) -> bool:
     inputs, _ = task.data.example(64)
 
     def tells_apart(state: State, under: Masks) -> bool:
-        engine.put(model, state, under)
+        lanes.put(model, state, under)
         outputs = predictions(call(model, inputs))
         return not bool((outputs == outputs[:1]).all())
 

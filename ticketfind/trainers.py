@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ticketfind import TicketfindError, engine, masks
+from ticketfind import TicketfindError, lanes, masks
 from ticketfind.batches import derived_seed, seeded
 from ticketfind.results import Measured
 from ticketfind.ticket import hold
@@ -176,7 +176,7 @@ def by_function(function: Callable[..., Any]) -> Trainer:
 
     def train(task: Task, arm: Arm, work: Work) -> Outcome:
         model = copy.deepcopy(task.model)
-        engine.put(model, arm.start, arm.masks)
+        lanes.put(model, arm.start, arm.masks)
         model.train()
         cuda = [task.device] if task.device.type == "cuda" else []
         seed = derived_seed(arm.seed, "draws")

@@ -10,8 +10,9 @@ import time
 
 import torch
 
-from ticketfind import engine, layers, models, recipe, train
+from ticketfind import forks, layers, models, recipe, train
 from ticketfind.batches import Data, Split
+from ticketfind.devices import Way
 
 CASES = (  # network, input shape, batch, iterations, arms
     ("lenet-300-100", (1, 8, 8), 60, 500, 5),
@@ -27,14 +28,14 @@ CASES = (  # network, input shape, batch, iterations, arms
 def seconds(task: train.Task, how: recipe.Train, arms: list[train.Arm], way: str) -> float:
     """Wall time of training every arm."""
     began = time.perf_counter()
-    for _ in train.fit(arms, task, how, way=way):
+    for _ in train.fit(arms, task, how, way=Way(way, at_once=len(arms))):
         pass
     return time.perf_counter() - began
 
 
 def main(blocks: int) -> None:
     """Print a row for each case."""
-    print(f"torch {torch.__version__}, {engine.cores()} cores, {torch.get_num_threads()} threads, {blocks} blocks")
+    print(f"torch {torch.__version__}, {forks.cores()} cores, {torch.get_num_threads()} threads, {blocks} blocks")
     for spec, shape, batch, iterations, count in CASES:
         draw = torch.Generator().manual_seed(0)
         sizes = {"train": 10 * batch, "validation": batch, "test": batch}
@@ -48,7 +49,7 @@ def main(blocks: int) -> None:
         )
         settings = {"iterations": iterations, "batch_size": batch, "optimizer": "adam", "schedule": "constant"}
         asked = layers.from_layers({"train": {**settings, "warmup": 0, "eval_every": iterations, "weight_decay": 0}})
-        how = asked.resolved(train_size=sizes["train"], validation=batch, device="cpu", engine="eager").train
+        how = asked.resolved(train_size=sizes["train"], validation=batch, device="cpu").train
         arms = [train.Arm(f"arm {seed}", task.start(seed), {}, seed) for seed in range(count)]
         taken: dict[str, list[float]] = {"eager": [], "processes": []}
         for block in range(blocks + 1):

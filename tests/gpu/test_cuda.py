@@ -7,15 +7,16 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from one_arm import OneArm
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ticketfind import TicketfindError, engine, results
+from ticketfind import TicketfindError, devices, results
 from ticketfind import search as searching
 from ticketfind.augment import augmented
 from ticketfind.batches import Data, Order, Split
-from ticketfind.engine import Lane
+from ticketfind.devices import EAGER
 from ticketfind.examples import source_of
 from ticketfind.experiments import evaluate
 from ticketfind.masks import SCORES
@@ -153,7 +154,7 @@ def test_eager_training_agrees_with_the_cpu(
     outcomes = {}
     for device in ("cpu", DEVICE):
         task = make_task(net, device=device)
-        ((_, outcomes[device]),) = fit([Arm("arm", task.start(1), mask, 1)], task, how, way="eager", keep_at=7)
+        ((_, outcomes[device]),) = fit([Arm("arm", task.start(1), mask, 1)], task, how, way=EAGER, keep_at=7)
     cpu, cuda = outcomes["cpu"], outcomes[DEVICE]
     for one, other in zip(cpu.points, cuda.points, strict=True):
         assert one.iteration == other.iteration
@@ -174,7 +175,7 @@ def test_pruned_weights_are_exactly_zero_at_every_step(
     start = task.start(0)
     generator = torch.Generator().manual_seed(0)
     kept = {name: torch.rand(start[name].shape, generator=generator) < 0.4 for name in ("fc1.weight", "fc2.weight")}
-    lane = Lane(task.model, start, kept, make_train(**OPTIMIZERS[optimizer]), cross_entropy, seed=0)
+    lane = OneArm(task.model, start, kept, make_train(**OPTIMIZERS[optimizer]), cross_entropy, seed=0)
     seen = []
 
     def look(_: int) -> None:
@@ -209,7 +210,7 @@ def test_dropout_follows_the_arms_seed_and_leaves_the_users_generators_alone(
     task = make_task(Dropping, device=DEVICE)
     before = torch.get_rng_state(), torch.cuda.get_rng_state()
     arms = [Arm("arm", task.start(0), {}, seed) for seed in (1, 1, 2)]
-    one, again, other = (out.final["fc.weight"] for _, out in fit(arms, task, make_train(), way="eager"))
+    one, again, other = (out.final["fc.weight"] for _, out in fit(arms, task, make_train(), way=EAGER))
     assert torch.equal(one, again) and not torch.equal(one, other)
     assert torch.equal(torch.get_rng_state(), before[0]) and torch.equal(torch.cuda.get_rng_state(), before[1])
 
@@ -228,8 +229,8 @@ def test_streamed_data_train_as_resident_data(
     stream = Stream(source_of(examples, "data"), torch.arange(len(examples)), workers)
     streamed = Data(stream, task.data.validation, task.data.test).to(torch.device(DEVICE))
     arms = [Arm("arm", task.start(1), {}, 1)]
-    ((_, one),) = fit(arms, task, make_train(), way="eager")
-    ((_, other),) = fit(arms, make_task(device=DEVICE, data=streamed), make_train(), way="eager")
+    ((_, one),) = fit(arms, task, make_train(), way=EAGER)
+    ((_, other),) = fit(arms, make_task(device=DEVICE, data=streamed), make_train(), way=EAGER)
     assert all(torch.equal(one.final[name], other.final[name]) for name in one.final)
 
 
@@ -258,7 +259,7 @@ def test_a_trainer_of_the_users_own_trains_here(
 
     task = make_task(device=DEVICE, data=None, trainer=by_function(train))
     mask = {"fc1.weight": torch.rand(16, 12, generator=torch.Generator().manual_seed(0)) < 0.4}
-    ((_, outcome),) = fit([Arm("arm", task.start(0), mask, 0)], task, make_train(), way="eager", keep_at=3)
+    ((_, outcome),) = fit([Arm("arm", task.start(0), mask, 0)], task, make_train(), way=EAGER, keep_at=3)
     assert outcome.kept is not None and not torch.equal(outcome.kept["fc1.bias"], outcome.final["fc1.bias"])
     assert bool((outcome.final["fc1.weight"].cpu()[~mask["fc1.weight"]] == 0).all())
 
@@ -277,7 +278,7 @@ def test_a_ticket_found_here_is_used_on_the_cpu(
     task = make_task("normed")
     ticket.apply(task.model)
     assert all(torch.equal(task.model.get_parameter(name) == 0, ~mask) for name, mask in ticket.masks.items())
-    found = evaluate([ticket], task, recipe.train, seeds=[0, 1], way="eager", noise=[0.5])
+    found = evaluate([ticket], task, recipe.train, seeds=[0, 1], way=EAGER, noise=[0.5])
     assert list(found.arms) == ["dense", "ticket", "noise=0.5", "reinit", "random"]
 
 
@@ -290,7 +291,7 @@ def test_an_evaluation_repeats_the_searchs_round(
     task = make_task("normed", device=DEVICE)
     rounds = run_search(recipe, task, tmp_path / "run")
     found = evaluate(
-        searching.tickets(RunDir(tmp_path / "run"), 2), task, recipe.train, seeds=[5, 6], way="eager", noise=[1.0]
+        searching.tickets(RunDir(tmp_path / "run"), 2), task, recipe.train, seeds=[5, 6], way=EAGER, noise=[1.0]
     )
     expected = rounds[2].stats.accuracy_end.values
     assert found.arms["ticket"].accuracy_end.values == pytest.approx(expected, abs=1.01 / 60)
@@ -317,18 +318,18 @@ def test_hold_keeps_zeros_here(
 
 
 def test_auto_takes_the_device_and_trains_one_after_another() -> None:
-    device = engine.resolve_device("auto")
+    device = devices.resolve_device("auto")
     assert device.type == DEVICE
-    assert engine.choose("auto", device, arms=5, parameters=1000) == "eager"
+    assert devices.choose("auto", device, arms=5, parameters=1000) == "graph"
     with pytest.raises(
         TicketfindError, match="processes needs Linux, several CPU cores and resident data, found device cuda"
     ):
-        engine.choose("processes", device, arms=5, parameters=1000)
+        devices.choose("processes", device, arms=5, parameters=1000)
 
 
 def test_a_device_number_that_is_not_there_is_named() -> None:
     with pytest.raises(TicketfindError, match="expected a device that works here, found 'cuda:99'"):
-        engine.resolve_device("cuda:99")
+        devices.resolve_device("cuda:99")
 
 
 def test_a_loss_that_is_not_finite_names_arm_and_iteration(
@@ -337,4 +338,4 @@ def test_a_loss_that_is_not_finite_names_arm_and_iteration(
     task = make_task(device=DEVICE)
     huge = {name: value * 1e30 for name, value in task.start(0).items()}
     with pytest.raises(TicketfindError, match=r"^arm: the loss is not finite at iteration 3;"):
-        list(fit([Arm("arm", huge, {}, 0, first=3)], task, make_train(), way="eager"))
+        list(fit([Arm("arm", huge, {}, 0, first=3)], task, make_train(), way=EAGER))

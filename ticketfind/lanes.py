@@ -1,0 +1,357 @@
+"""One training step of an arm, or of several arms stacked into one: losses, gradients, update, masks.
+
+Legend: r arms in a lane; b examples in an arm's batch. Knows tensors, whatever device they are on.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from ticketfind.batches import Batch, map_inputs
+from ticketfind.masks import Masks, masked
+from ticketfind.outputs import Inputs, OutputFn, call
+from ticketfind.prunable import aliases
+from ticketfind.recipe import Train
+
+T = TypeVar("T")
+State = Mapping[str, Tensor]
+"""Every parameter and buffer by its state-dict key."""
+Loss = Callable[[State, Inputs, Tensor], Tensor]
+"""(parameters and buffers, inputs, targets) -> mean loss of a batch, a scalar."""
+Context = Callable[[], AbstractContextManager[object]]
+"""What networks are called in: nothing special, or a precision."""
+
+
+def learning_rate(how: Train, iteration: int) -> float:
+    """The learning rate of an iteration (from 0): linear warmup, then the schedule."""
+    warmup, total = int(how.warmup), int(how.iterations)
+    if iteration < warmup:
+        return how.lr * (iteration + 1) / warmup
+    if how.schedule == "cosine":
+        return how.lr * 0.5 * (1 + math.cos(math.pi * (iteration - warmup) / max(1, total - warmup)))
+    return float(how.lr * 0.1 ** sum(iteration >= int(milestone) for milestone in how.milestones))
+
+
+@torch.no_grad()
+def put(model: nn.Module, start: State, masks: Masks) -> None:
+    """Put `start` under `masks` into `model`; of tied parameters the one that has the mask counts."""
+    state, tied = model.state_dict(), aliases(model)
+    for name, value in masked(start, masks).items():
+        if name not in tied:
+            state[name].copy_(value)
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of a network by its name, tied ones once."""
+    return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
+
+
+def functional(model: nn.Module, loss: OutputFn) -> Loss:
+    """`loss` of `model` as a function of its parameters and buffers; what it does to its buffers stays done."""
+
+    def compute(state: State, inputs: Inputs, targets: Tensor) -> Tensor:
+        return loss(_called(model, state, inputs), targets)
+
+    return compute
+
+
+def _called(model: nn.Module, state: State, inputs: Inputs) -> Any:
+    args, named = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
+    return functional_call(model, dict(state), args, named)
+
+
+class Member(Protocol):
+    """What trains one arm, or several as one. Pruned weights are exactly zero at all times."""
+
+    arms: int
+
+    def step(self, batch: Batch, lr: float | Tensor) -> Tensor:
+        """One iteration, of a batch with r * b examples, those of the first arm first; the r losses."""
+
+    def ready(self, to_train: bool) -> None:
+        """Before steps, or before calling `networks`."""
+
+    def networks(self) -> list[Callable[[Inputs], Any]]:
+        """Each arm's network as a function of its inputs."""
+
+    def states(self) -> list[dict[str, Tensor]]:
+        """A copy of every parameter and buffer of each arm."""
+
+    def everything(self) -> list[Tensor]:
+        """Every tensor that a step changes but for the optimizer's."""
+
+    def restart_optimizer(self) -> None:
+        """Forget the steps done."""
+
+
+class Lane:
+    """One arm's training under way."""
+
+    arms = 1
+
+    def __init__(
+        self,
+        model: nn.Module,
+        start: State,
+        masks: Masks,
+        how: Train,
+        loss: OutputFn,
+        *,
+        compiled: Loss | None = None,
+        context: Context = nullcontext,
+        channels_last: bool = False,
+    ) -> None:
+        """Put `start` under `masks` into `model`, which the lane owns from here on; fresh optimizer state.
+
+        compiled: computes the loss of a network such as `model`, in place of calling it.
+        """
+        self._model, self._loss, self._compiled, self._context = model, loss, compiled, context
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        if channels_last:
+            model.to(memory_format=torch.channels_last)
+        put(model, start, masks)
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._tensors = {**tensors(model), **named}
+        self._update = _Update([*named.values()], [_pruning(name, masks) for name in named], how, arms=None)
+
+    def step(self, batch: Batch, lr: float | Tensor) -> Tensor:
+        inputs, targets = self._laid_out(batch[0]), batch[1]
+        with self._context():
+            if self._compiled is None:
+                loss = self._loss(call(self._model, inputs), targets)
+            else:
+                loss = self._compiled(self._tensors, inputs, targets)
+        self._update(loss, lr)
+        return loss.detach().view(1)
+
+    def ready(self, to_train: bool) -> None:
+        self._model.train(to_train)
+
+    def networks(self) -> list[Callable[[Inputs], Any]]:
+        return [lambda inputs: call(self._model, self._laid_out(inputs))]
+
+    def states(self) -> list[dict[str, Tensor]]:
+        return [_state(self._model)]
+
+    def everything(self) -> list[Tensor]:
+        return [t.detach() for t in self._tensors.values()]
+
+    def restart_optimizer(self) -> None:
+        self._update.restart()
+
+    def _laid_out(self, inputs: Inputs) -> Inputs:
+        if self._format is torch.contiguous_format:
+            return inputs
+        return map_inputs(lambda t: t.contiguous(memory_format=self._format) if t.ndim == 4 else t, inputs)
+
+
+class Stack:
+    """Several arms' trainings as one: each parameter and buffer has a leading axis r, and vmap runs the network.
+
+    The arms' numbers do not mix, and are those of lanes of their own but for rounding. What the network draws at
+    random (dropout) is drawn for each arm, but not what a lane of its own would draw.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        starts: Sequence[tuple[State, Masks]],
+        how: Train,
+        loss: OutputFn,
+        *,
+        context: Context = nullcontext,
+    ) -> None:
+        """`model` is the stack's own from here on, for its architecture."""
+        self._model, self._context, self.arms = model, context, len(starts)
+        parts = []
+        for start, masks in starts:
+            put(model, start, masks)
+            parts.append({name: t.clone() for name, t in tensors(model).items()})
+        self._tensors = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        leaves = [self._tensors[name].requires_grad_() for name in trained]
+        pruned = [_stacked_pruning(name, [masks for _, masks in starts]) for name in trained]
+        self._update = _Update(leaves, pruned, how, arms=self.arms)
+        self._losses = vmap(functional(model, loss), randomness="different")
+
+    def step(self, batch: Batch, lr: float | Tensor) -> Tensor:
+        each = map_inputs(self._by_arm, batch[0])
+        with self._context():
+            losses: Tensor = self._losses(self._tensors, each, self._by_arm(batch[1]))
+        self._update(losses.sum(), lr)
+        return losses.detach()
+
+    def _by_arm(self, t: Tensor) -> Tensor:
+        return t.view(self.arms, len(t) // self.arms, *t.shape[1:])
+
+    def ready(self, to_train: bool) -> None:
+        self._model.train(to_train)
+
+    def networks(self) -> list[Callable[[Inputs], Any]]:
+        parts = [{name: t[arm] for name, t in self._tensors.items()} for arm in range(self.arms)]
+        return [functools.partial(_called, self._model, part) for part in parts]
+
+    def states(self) -> list[dict[str, Tensor]]:
+        return [self._state(arm) for arm in range(self.arms)]
+
+    def _state(self, arm: int) -> dict[str, Tensor]:
+        for name, t in tensors(self._model).items():
+            t.copy_(self._tensors[name][arm].detach())
+        return _state(self._model)
+
+    def everything(self) -> list[Tensor]:
+        return [t.detach() for t in self._tensors.values()]
+
+    def restart_optimizer(self) -> None:
+        self._update.restart()
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    found = model.state_dict()
+    return {
+        name: value.detach().clone(memory_format=torch.contiguous_format)
+        for name, value in found.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _pruning(name: str, masks: Masks) -> Tensor | None:
+    """A parameter's mask; None where it prunes nothing."""
+    mask = masks.get(name)
+    return None if mask is None or bool(mask.all()) else mask
+
+
+def _stacked_pruning(name: str, masks: Sequence[Masks]) -> Tensor | None:
+    """The same of several arms, stacked."""
+    found = [_pruning(name, each) for each in masks]
+    some = next((mask for mask in found if mask is not None), None)
+    return None if some is None else torch.stack([torch.ones_like(some) if m is None else m for m in found])
+
+
+# -------------------------------------------------------------------------------------------- the update
+
+
+class _Update:
+    """From a loss to changed weights: gradients, clipping, optimizer, masks."""
+
+    def __init__(
+        self, leaves: Sequence[Tensor], pruning: Sequence[Tensor | None], how: Train, arms: int | None
+    ) -> None:
+        """pruning: which of a leaf's weights are kept; None for all. arms: of leaves that are stacked."""
+        self._leaves, self._how, self._arms = leaves, how, arms
+        self._weights = [leaf.detach() for leaf in leaves]
+        self._keep = [
+            None if kept is None else torch.empty_like(weight).copy_(kept)
+            for kept, weight in zip(pruning, self._weights, strict=True)
+        ]
+        self._optimizer = _Optimizer(self._weights, self._keep, how)
+        left = [] if self._optimizer.holds_pruned else [i for i, keep in enumerate(self._keep) if keep is not None]
+        self._to_mask = [self._weights[i] for i in left], [self._keep[i] for i in left]
+
+    def __call__(self, loss: Tensor, lr: float | Tensor) -> None:
+        grads = self._own(torch.autograd.grad(loss, self._leaves, allow_unused=True))
+        if self._how.clip is not None:
+            grads = self._clipped(grads, self._how.clip)
+        self._optimizer.step(grads, lr)
+        if self._to_mask[0]:
+            torch._foreach_mul_(*self._to_mask)  # type: ignore[arg-type]
+
+    def restart(self) -> None:
+        self._optimizer.restart()
+
+    def _own(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients in their weights' memory layout, as ``backward`` leaves them: the fused updates rely on it."""
+        dense = [g.to_dense() if g is not None and g.layout != torch.strided else g for g in grads]  # of embeddings
+        return [
+            g if g is None or g.stride() == w.stride() else torch.empty_like(w).copy_(g)
+            for g, w in zip(dense, self._weights, strict=True)
+        ]
+
+    def _clipped(self, grads: Sequence[Tensor | None], longest: float) -> list[Tensor | None]:
+        """Each arm's gradient, over all weights that it keeps, as ``torch.nn.utils.clip_grad_norm_`` shortens it."""
+        kept = [g if g is None or keep is None else g * keep for g, keep in zip(grads, self._keep, strict=True)]
+        norms = [g.reshape(self._arms or 1, -1).norm(dim=1) for g in kept if g is not None]
+        scale = (longest / (torch.stack(norms).norm(dim=0) + 1e-6)).clamp(max=1.0)
+        return [g if g is None else g * scale.view(-1, *[1] * (g.ndim - 1)) if self._arms else g * scale for g in kept]
+
+
+class _Optimizer:
+    """PyTorch's own update rules, called as functions on lists of tensors.
+
+    As ``torch.optim``'s classes do, but without their bookkeeping, which costs a small network a fifth of its step
+    (and a second at start-up). A parameter without a gradient is left alone, as there.
+
+    Adam divides by the root of the second moment. A pruned weight's is infinite: it moves by exactly zero, and stays
+    zero without a mask in the step.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], keep: Sequence[Tensor | None], how: Train) -> None:
+        self._parameters, self._keep, self._how = parameters, keep, how
+        self._adaptive = how.optimizer != "sgd"
+        self.holds_pruned = self._adaptive and all(_divides_by_infinity(p.device, p.dtype) for p in parameters)
+        self._first: list[Tensor | None] = [None] * len(parameters)
+        self._second: list[Tensor] = []
+        self._steps: list[Tensor] = []
+        if self._adaptive or how.momentum:  # from zero, momentum's first step is the gradient, as there
+            self._first = [torch.zeros_like(p) for p in parameters]
+        if self._adaptive:
+            self._second = [torch.zeros_like(p) for p in parameters]
+            self._steps = [torch.zeros((), device=p.device) for p in parameters]
+        self.restart()
+
+    def restart(self) -> None:
+        """To where no step is done."""
+        for tensor in (*self._first, *self._second, *self._steps):
+            if tensor is not None:
+                tensor.zero_()
+        if self.holds_pruned:
+            for second, keep in zip(self._second, self._keep, strict=True):
+                if keep is not None:
+                    second.masked_fill_(keep == 0, math.inf)
+
+    def step(self, grads: Sequence[Tensor | None], lr: float | Tensor) -> None:
+        live = [i for i, grad in enumerate(grads) if grad is not None]
+        whole = len(live) == len(grads)
+
+        def pick(values: Sequence[T]) -> list[T]:
+            return list(values) if whole else [values[i] for i in live]
+
+        parameters, gradients, first = (
+            pick(self._parameters),
+            [g for g in grads if g is not None],
+            pick(self._first),
+        )
+        decay = self._how.weight_decay
+        if not self._adaptive:
+            sgd(
+                parameters, gradients, first, fused=True, weight_decay=decay, momentum=self._how.momentum, lr=lr,
+                dampening=0.0, nesterov=False, maximize=False,
+            )  # fmt: skip
+            return
+        update = adamw if self._how.optimizer == "adamw" else adam
+        update(
+            parameters, gradients, first, pick(self._second), [], pick(self._steps), fused=True, amsgrad=False,  # type: ignore[arg-type]
+            beta1=0.9, beta2=0.999, lr=lr, weight_decay=decay, eps=1e-8, maximize=False,
+        )  # fmt: skip
+
+
+@functools.cache
+def _divides_by_infinity(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's fused Adam leaves a zero weight with an infinite second moment at zero; tried, not assumed."""
+    weight, grad, first = (torch.full((64,), value, device=device, dtype=dtype) for value in (0.0, 1.0, 0.0))
+    second, steps = torch.full_like(weight, math.inf), torch.zeros((), device=device)
+    for _ in range(2):
+        adam(
+            [weight], [grad], [first], [second], [], [steps], fused=True, amsgrad=False,
+            beta1=0.9, beta2=0.999, lr=0.1, weight_decay=0.1, eps=1e-8, maximize=False,
+        )  # fmt: skip
+    return bool((weight == 0).all())
