@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-import torch
 from one_arm import OneArm
 
 from ticketfind import TicketfindError, bench
 from ticketfind.batches import Order
+from ticketfind.devices import EAGER
 from ticketfind.outputs import cross_entropy
 from ticketfind.recipe import Train
 from ticketfind.train import Task
@@ -39,7 +39,7 @@ def test_the_plain_loop_trains_as_a_lane_does(
 
 
 def test_cases_and_their_measures(make_task: Callable[..., Task], make_train: Callable[..., Train]) -> None:
-    cases = bench.cases(make_task(), make_train(), ways=bench.ways(torch.device("cpu")), arms=(1, 2))
+    cases = bench.cases(make_task(), make_train(), base=EAGER, ways=["eager", "processes"], arms=(1, 2))
     found = [(case.name, case.way, case.arms) for case in cases]
     assert found[:4] == [("plain", "plain", 1), ("dense", "eager", 1), ("masked", "eager", 1), ("masked", "eager", 2)]
     assert found[4:] in ([], [("masked", "processes", 2)])
@@ -62,4 +62,4 @@ def test_ratios_are_of_blocks_that_were_timed_in_turn() -> None:
 
 def test_data_that_is_not_resident_is_refused(make_task: Callable[..., Task], make_train: Callable[..., Train]) -> None:
     with pytest.raises(TicketfindError, match="bench: expected resident data of one input tensor"):
-        bench.cases(make_task(data=None), make_train(), ways=["eager"], arms=(5,))
+        bench.cases(make_task(data=None), make_train(), base=EAGER, ways=["eager"], arms=(5,))

@@ -386,17 +386,20 @@ def bench(
     quiet: options.Quiet = False,
 ) -> None:
     """Time training steps on this machine, one arm and several, against the loop that people write; about a minute."""
-    from ticketfind import assemble, layers, terminal, views
+    from ticketfind import assemble, devices, layers, terminal, views
     from ticketfind import bench as timing
 
     screen = terminal.Screen(as_json=as_json, quiet=quiet)
     settings = {"run.tolerance": 0, **options.recipe_settings(context.params)}
     asked = layers.from_layers(*layers.base_layers(None, model, data), layers.nested(settings))
     recipe, task = assemble.assemble(asked)
-    cases = timing.cases(task, recipe.train, ways=timing.ways(task.device), arms=(5, 10))
+    ways, base = timing.ways(task.device), devices.Way.of(recipe.run)
+    cases = timing.cases(task, recipe.train, base=base, ways=ways, arms=(5, 10))
     with signals.training(), terminal.Progress(screen, "timing", signals.heed) as progress:
         progress.begin(blocks * len(cases), 0)
         found = timing.measure(cases, blocks=blocks, seconds=seconds, tick=progress.tick)
+    for text in dict.fromkeys(note for case in cases for note in case.notes):
+        screen.message(text)
     views.show_bench(screen, recipe, found)
 
 

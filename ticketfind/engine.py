@@ -5,6 +5,7 @@ This and `devices` are all that knows about devices. Knows no epochs, rounds, fi
 
 import copy
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -310,6 +311,7 @@ def begin(
 
     def compiled() -> list[Member]:
         if loss not in known.compiled:
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no CUDA
             known.compiled[loss] = torch.compile(functional(copy.deepcopy(model).train(), loss), dynamic=False)
         return lanes(known.compiled[loss])
 

@@ -331,7 +331,9 @@ def subject(model: str | None, data: str | None) -> str:
 
 def show_bench(screen: Screen, recipe: "Recipe", found: Sequence["Timing"]) -> None:
     """`bench`."""
-    single = {timing.case.name: timing for timing in found if timing.case.arms == 1}
+    single = {
+        timing.case.name: timing for timing in found if timing.case.way in ("plain", "eager") and timing.case.arms == 1
+    }
     plain = single["plain"]
     rows = [
         (
