@@ -166,4 +166,6 @@ def read_idx(path: Path) -> Tensor:
     if not expected:
         return torch.zeros(shape, dtype=dtype)
     flat = torch.frombuffer(body, dtype=torch.uint8).view(-1, dtype.itemsize)
-    return flat.flip(1).contiguous().view(dtype).view(shape)  # IDX is big-endian
+    if dtype.itemsize > 1:
+        flat = flat.flip(1).contiguous()  # IDX is big-endian
+    return flat.view(dtype).view(shape)
