@@ -20,6 +20,7 @@ from ticketfind.specs import is_code, load_object, one_line
 from ticketfind.train import Task, Trainer
 
 
+@devices.no_denormals()  # for the threads that are started in it
 def assemble(recipe: Recipe, *, arms: int | None = None) -> tuple[Recipe, Task]:
     """The task that `recipe` describes, and the resolved recipe.
 
@@ -186,8 +187,10 @@ def _fitting(recipe: Recipe, task: Task) -> Task:
     try:
         outputs = call(model, inputs)
     except Exception as error:
+        default = "; --data names other data" if recipe.data.spec == "digits" else ""
         raise TicketfindError(
             f"model {spec!r}: cannot take {recipe.data.spec}'s inputs ({_described(inputs)}): {one_line(error)[:200]}"
+            + default
         ) from error
     uses_labels = [
         what

@@ -48,41 +48,10 @@ def _program(
 
 
 @app.command()
+@options.for_recipe()
 def search(
-    context: typer.Context,
+    settings: options.Settings,
     recipe: options.RecipeArg = None,
-    model: options.Model = None,
-    model_arg: options.ModelArg = None,
-    checkpoint: options.Checkpoint = None,
-    checkpoint_key: options.CheckpointKey = None,
-    trained: options.Trained = None,
-    allow_mismatch: options.AllowMismatch = None,
-    data: options.Data = None,
-    data_arg: options.DataArg = None,
-    augment: options.Augment = None,
-    loss: options.Loss = None,
-    metric: options.Metric = None,
-    prune: options.Prune = None,
-    rounds: options.Rounds = None,
-    until: options.Until = None,
-    rewind: options.Rewind = None,
-    scope: options.Scope = None,
-    score: options.Score = None,
-    prune_only: options.Only = None,
-    skip: options.Skip = None,
-    iterations: options.Iterations = None,
-    epochs: options.Epochs = None,
-    batch_size: options.BatchSize = None,
-    lr: options.LearningRate = None,
-    optimizer: options.Optimizer = None,
-    trainer: options.Trainer = None,
-    train_command: options.TrainCommand = None,
-    replicates: options.Replicates = None,
-    seed: options.Seed = None,
-    tolerance: options.Tolerance = None,
-    device: options.Device = None,
-    engine: options.Engine = None,
-    setting: options.Setting = None,
     out: options.RunOut = None,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
@@ -95,8 +64,8 @@ def search(
     from ticketfind import layers
     from ticketfind.terminal import Screen
 
-    settings = layers.nested(options.recipe_settings(context.params))
-    asked = layers.from_layers(*layers.base_layers(recipe, model, data), settings)
+    base = layers.base_layers(recipe, settings.get("model.spec"), settings.get("data.spec"))
+    asked = layers.from_layers(*base, layers.nested(settings))
     _search(asked, out, dry_run, Screen(as_json=as_json, quiet=quiet))
 
 
@@ -139,21 +108,15 @@ def _resumable(run: "RunDir", screen: "Screen") -> Iterator[None]:
 
 
 @app.command("eval")
+@options.for_recipe("model", "model_arg", "data", "data_arg", "seed", "device", "precision", "engine", "arms_at_once")
 def evaluate(
-    context: typer.Context,
+    *,
     target: options.TicketOrRun = None,
     noise: options.Noise = None,
     trials: options.Trials = None,
     round: options.Round = None,
-    model: options.Model = None,
-    model_arg: options.ModelArg = None,
-    data: options.Data = None,
-    data_arg: options.DataArg = None,
+    settings: options.Settings,
     trust: options.Trust = False,
-    seed: options.Seed = None,
-    device: options.Device = None,
-    engine: options.Engine = None,
-    setting: options.Setting = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -175,8 +138,8 @@ def evaluate(
     if run is not None and trials is not None:
         raise typer.BadParameter("--trials is for a ticket file; a run has its replicates")
     count = len(tickets) if run is not None else trials or 5
-    given = options.recipe_settings(context.params)
-    given.pop("run.seed", None)  # of the trials; the recipe's own decides which examples are held out
+    seed = settings.pop("run.seed", None)  # of the trials; the recipe's own decides which examples are held out
+    given = settings
     if "data.spec" in given and not takes_args(given["data.spec"]):
         given.setdefault("data.args", {})
     if run is None:  # another machine, perhaps
@@ -278,37 +241,10 @@ def diff(
 
 
 @app.command()
+@options.for_recipe(but=("model", "trained", "trainer", "train_command"))
 def inspect(
-    context: typer.Context,
+    settings: options.Settings,
     target: options.Anything = None,
-    model_arg: options.ModelArg = None,
-    checkpoint: options.Checkpoint = None,
-    checkpoint_key: options.CheckpointKey = None,
-    allow_mismatch: options.AllowMismatch = None,
-    data: options.Data = None,
-    data_arg: options.DataArg = None,
-    augment: options.Augment = None,
-    loss: options.Loss = None,
-    metric: options.Metric = None,
-    prune: options.Prune = None,
-    rounds: options.Rounds = None,
-    until: options.Until = None,
-    rewind: options.Rewind = None,
-    scope: options.Scope = None,
-    score: options.Score = None,
-    prune_only: options.Only = None,
-    skip: options.Skip = None,
-    iterations: options.Iterations = None,
-    epochs: options.Epochs = None,
-    batch_size: options.BatchSize = None,
-    lr: options.LearningRate = None,
-    optimizer: options.Optimizer = None,
-    replicates: options.Replicates = None,
-    seed: options.Seed = None,
-    tolerance: options.Tolerance = None,
-    device: options.Device = None,
-    engine: options.Engine = None,
-    setting: options.Setting = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -323,14 +259,13 @@ def inspect(
     path = None if target is None else Path(target)
     is_file = path is not None and path.suffix != ".py" and (path.is_file() or path.suffix == ".safetensors")
     is_model = path is not None and not path.is_dir() and not is_file
-    settings = options.recipe_settings(context.params)
     if not is_model and settings:
         raise typer.BadParameter(
             f"{', '.join(settings)}: for models; {target or 'the latest run'} has settings of its own"
         )
     if is_model:
         assert target is not None
-        _inspect_model(target, data, settings, screen)
+        _inspect_model(target, settings, screen)
     elif path is not None and not path.is_dir():
         from ticketfind.ticket import load_ticket
 
@@ -344,10 +279,11 @@ def inspect(
         views.show_run(screen, run, recipe, found)
 
 
-def _inspect_model(spec: str, data: str | None, settings: dict[str, Any], screen: "Screen") -> None:
+def _inspect_model(spec: str, settings: options.Settings, screen: "Screen") -> None:
     from ticketfind import assemble, layers, prunable, train, views
     from ticketfind import search as searching
 
+    data = settings.get("data.spec")
     base = layers.base_layers(None, spec, data)
     settings = {"run.tolerance": 0, **settings}  # nothing is matched here
     asked = layers.from_layers(*base, layers.nested({"model.spec": spec, **settings}))
@@ -370,16 +306,9 @@ def _inspect_model(spec: str, data: str | None, settings: dict[str, Any], screen
 
 
 @app.command()
+@options.for_recipe("model", "model_arg", "data", "data_arg", "batch_size", "optimizer", "device", "precision")
 def bench(
-    context: typer.Context,
-    model: options.Model = None,
-    model_arg: options.ModelArg = None,
-    data: options.Data = None,
-    data_arg: options.DataArg = None,
-    batch_size: options.BatchSize = None,
-    optimizer: options.Optimizer = None,
-    device: options.Device = None,
-    setting: options.Setting = None,
+    settings: options.Settings,
     blocks: options.Blocks = 5,
     seconds: options.Seconds = 1.0,
     as_json: options.Json = False,
@@ -390,11 +319,11 @@ def bench(
     from ticketfind import bench as timing
 
     screen = terminal.Screen(as_json=as_json, quiet=quiet)
-    settings = {"run.tolerance": 0, **options.recipe_settings(context.params)}
-    asked = layers.from_layers(*layers.base_layers(None, model, data), layers.nested(settings))
+    base = layers.base_layers(None, settings.get("model.spec"), settings.get("data.spec"))
+    asked = layers.from_layers(*base, layers.nested({"run.tolerance": 0, **settings}))
     recipe, task = assemble.assemble(asked)
-    ways, base = timing.ways(task.device), devices.Way.of(recipe.run)
-    cases = timing.cases(task, recipe.train, base=base, ways=ways, arms=(5, 10))
+    ways, way = timing.ways(task.device), devices.Way.of(recipe.run)
+    cases = timing.cases(task, recipe.train, base=way, ways=ways, arms=(5, 10))
     with signals.training(), terminal.Progress(screen, "timing", signals.heed) as progress:
         progress.begin(blocks * len(cases), 0)
         found = timing.measure(cases, blocks=blocks, seconds=seconds, tick=progress.tick)

@@ -1,6 +1,7 @@
 """The commands' options, each said once: a type for Typer with its flag and its help, and the recipe key it sets."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,8 +114,17 @@ Tolerance = Annotated[
     ),
 ]
 Device = Annotated[Text, _option("--device", "auto, cpu, cuda, cuda:1.")]
+Precision = Annotated[Text, _option("--precision", "fp32, tf32 (CUDA) or bf16.")]
 Engine = Annotated[
-    Text, _option("--engine", "auto, eager (one after another) or processes (side by side on CPU cores).")
+    Text,
+    _option(
+        "--engine",
+        "How arms share the machine: auto, eager (one after another), processes (side by side on CPU cores),"
+        " stacked (as one), graph (CUDA) or compile.",
+    ),
+]
+ArmsAtOnce = Annotated[
+    Whole, _option("--arms-at-once", "Arms trained together, at most; default: as many as memory holds.", min=1)
 ]
 Setting = Annotated[Texts, _option("--set", "Any recipe key (train.eval_every=50); repeatable.", metavar="KEY=VALUE")]
 RunOut = Annotated[Path | None, _option("--out", "Run directory; default: runs/NAME.")]
@@ -163,50 +173,84 @@ ExitCode = Annotated[bool, _option("--exit-code", "Exit with 1 where the tickets
 
 # ------------------------------------------------------------------------------- options to recipe keys
 
-RECIPE_KEYS = {
-    "model": "model.spec",
-    "model_arg": "model.args",
-    "checkpoint": "model.checkpoint",
-    "checkpoint_key": "model.checkpoint_key",
-    "trained": "model.trained",
-    "allow_mismatch": "model.allow_mismatch",
-    "data": "data.spec",
-    "data_arg": "data.args",
-    "augment": "data.augment",
-    "loss": "train.loss",
-    "metric": "train.metric",
-    "trainer": "train.trainer",
-    "train_command": "train.command",
-    "iterations": "train.iterations",
-    "epochs": "train.iterations",
-    "batch_size": "train.batch_size",
-    "lr": "train.lr",
-    "optimizer": "train.optimizer",
-    "prune": "prune.fraction",
-    "rounds": "prune.rounds",
-    "until": "prune.until",
-    "rewind": "prune.rewind",
-    "scope": "prune.scope",
-    "score": "prune.score",
-    "prune_only": "prune.only",
-    "skip": "prune.skip",
-    "replicates": "run.replicates",
-    "seed": "run.seed",
-    "tolerance": "run.tolerance",
-    "device": "run.device",
-    "engine": "run.engine",
+RECIPE_OPTIONS: dict[str, tuple[Any, str]] = {
+    "model": (Model, "model.spec"),
+    "model_arg": (ModelArg, "model.args"),
+    "checkpoint": (Checkpoint, "model.checkpoint"),
+    "checkpoint_key": (CheckpointKey, "model.checkpoint_key"),
+    "trained": (Trained, "model.trained"),
+    "allow_mismatch": (AllowMismatch, "model.allow_mismatch"),
+    "data": (Data, "data.spec"),
+    "data_arg": (DataArg, "data.args"),
+    "augment": (Augment, "data.augment"),
+    "loss": (Loss, "train.loss"),
+    "metric": (Metric, "train.metric"),
+    "prune": (Prune, "prune.fraction"),
+    "rounds": (Rounds, "prune.rounds"),
+    "until": (Until, "prune.until"),
+    "rewind": (Rewind, "prune.rewind"),
+    "scope": (Scope, "prune.scope"),
+    "score": (Score, "prune.score"),
+    "prune_only": (Only, "prune.only"),
+    "skip": (Skip, "prune.skip"),
+    "iterations": (Iterations, "train.iterations"),
+    "epochs": (Epochs, "train.iterations"),
+    "batch_size": (BatchSize, "train.batch_size"),
+    "lr": (LearningRate, "train.lr"),
+    "optimizer": (Optimizer, "train.optimizer"),
+    "trainer": (Trainer, "train.trainer"),
+    "train_command": (TrainCommand, "train.command"),
+    "replicates": (Replicates, "run.replicates"),
+    "seed": (Seed, "run.seed"),
+    "tolerance": (Tolerance, "run.tolerance"),
+    "device": (Device, "run.device"),
+    "precision": (Precision, "run.precision"),
+    "engine": (Engine, "run.engine"),
+    "arms_at_once": (ArmsAtOnce, "run.arms_at_once"),
 }
-"""A command's parameter -> the recipe key that it sets."""
+"""A command's parameter -> its option, and the recipe key that it sets."""
+
+Settings = dict[str, Any]
+"""Recipe keys and what a command's options set them to."""
 
 
-def recipe_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+def for_recipe(*names: str, but: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command with options for what it takes as `settings`: these of RECIPE_OPTIONS (all, `but` a few), and --set."""
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        chosen = [name for name in names or RECIPE_OPTIONS if name not in but]
+        kinds = {**{name: RECIPE_OPTIONS[name][0] for name in chosen}, "setting": Setting}
+        own = inspect.signature(command).parameters.values()
+        parameters: list[inspect.Parameter] = []
+        for parameter in own:
+            if parameter.name == "settings":
+                parameters += [
+                    inspect.Parameter(name, parameter.kind, default=None, annotation=kind)
+                    for name, kind in kinds.items()
+                ]
+            else:
+                parameters.append(parameter)
+
+        def run(**given: Any) -> None:
+            settings = recipe_settings({name: given.pop(name) for name in kinds})
+            command(settings=settings, **given)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorated
+
+
+def recipe_settings(given: Mapping[str, Any]) -> Settings:
     """The recipe keys that a command's options set, `--set` last; those that were not given are left out."""
     from ticketfind.layers import parse_value
 
     if given.get("iterations") is not None and given.get("epochs") is not None:
         raise typer.BadParameter("give --iterations or --epochs, not both")
-    settings: dict[str, Any] = {}
-    for name, key in RECIPE_KEYS.items():
+    settings: Settings = {}
+    for name, (_, key) in RECIPE_OPTIONS.items():
         value = given.get(name)
         if value is None or (isinstance(value, (list, tuple)) and not value):
             continue

@@ -3,14 +3,13 @@
 FOLDER holds the IDX files, plain or .gz. LeNet-300-100, batch 60, Adam, a mask on 20 % of the weights, in fp32:
 "images" is torchvision's data set with ToTensor, a DataLoader without workers, torch.nn.utils.prune and torch.optim;
 "tensors" the same with a TensorDataset; "ours" one arm of ticketfind's, eagerly. Then the matrix products of such a
-step alone, and ours without a mask. In turn, BLOCKS times (5); minimum, median, maximum and ratios of medians.
+step alone, and ours without a mask and compiled. In turn, BLOCKS times (5); minimum, median, maximum, and the median of
+the blocks' ratios.
 """
 
 import gzip
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +17,9 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from ticketfind import assemble, bench, layers
+from ticketfind import assemble, bench, devices, layers
 
-STEPS = 300
+SECONDS = 2.0
 
 
 def raw_copy(folder: Path, root: Path) -> None:
@@ -51,33 +50,26 @@ def main(folder: Path, blocks: int) -> None:
     asked = layers.from_layers(
         layers.find_layer("lenet-300-100"), {"data": {"spec": str(folder)}, "run": {"replicates": 1}}
     )
-    recipe, task = assemble.assemble(asked)
-    how = recipe.train
-    tensors, dense, ours = bench.cases(task, how, ways=[], arms=[])
-    with tempfile.TemporaryDirectory() as root:
+    with devices.no_denormals(), tempfile.TemporaryDirectory() as root:
+        recipe, task = assemble.assemble(asked)
+        how, kept = recipe.train, bench.mask_of(task)
         raw_copy(folder, Path(root))
         images = datasets.FashionMNIST(root, train=True, transform=transforms.ToTensor())
-        runs = {
-            "images": bench.plain_loop(
-                task, lambda: DataLoader(images, how.batch_size, shuffle=True), how, bench.mask_of(task)
-            ),
-            "tensors": tensors.run,
-            "ours": ours.run,
-            "ours, no mask": dense.run,
-            "products": products(how.batch_size),
+        loop = bench.plain_loop(task, lambda: DataLoader(images, how.batch_size, shuffle=True), how, kept)
+        tensors, dense, ours, *compiled = bench.cases(task, how, base=devices.EAGER, ways=["compile"], arms=[])
+        cases = {
+            "ours": ours,
+            "images": bench.Case("plain", "plain", 1, loop),
+            "tensors": tensors,
+            "ours, no mask": dense,
+            "ours, compiled": compiled[0],
+            "products": bench.Case("products", "plain", 1, products(how.batch_size)),
         }
-        taken: dict[str, list[float]] = {name: [] for name in runs}
-        for block in range(blocks + 1):
-            for name, run in runs.items():
-                began = time.perf_counter()
-                run(STEPS)
-                if block:  # the first warms up
-                    taken[name].append(1000 * (time.perf_counter() - began) / STEPS)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {blocks} blocks of {STEPS} iterations")
-    middle = {name: statistics.median(ms) for name, ms in taken.items()}
-    for name, ms in taken.items():
-        spread = f"{min(ms):.3f} / {middle[name]:.3f} / {max(ms):.3f}"
-        print(f"{name:14} {spread} ms; over ours {middle[name] / middle['ours']:.2f}")
+        timings = bench.measure([*cases.values()], blocks=blocks, seconds=SECONDS)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {blocks} blocks of {SECONDS} s")
+    for name, timing in zip(cases, timings, strict=True):
+        spread = f"{min(timing.ms):.3f} / {timing.median:.3f} / {max(timing.ms):.3f}"
+        print(f"{name:14} {spread} ms; over ours {timing.over(timings[0]):.2f}")
 
 
 if __name__ == "__main__":
