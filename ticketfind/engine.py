@@ -315,28 +315,23 @@ def begin(
             known.compiled[loss] = torch.compile(functional(copy.deepcopy(model).train(), loss), dynamic=False)
         return lanes(known.compiled[loss])
 
-    def attempts() -> Iterator[tuple[str, Callable[[], Lockstep]]]:
-        make = {"stacked": stacked, "graph": lanes, "compile": compiled}.get(way.name)
-        if make is not None and device.type == "cuda":
-            yield (
-                f"--engine {way.name}, recorded as a CUDA graph,",
-                lambda: Replayed(make(), fed(), how, first, context),
-            )
-        if make in (stacked, compiled):
-            yield f"--engine {way.name}", lambda: Rehearsed(make(), fed(), how, first, context)
-
     def fed() -> list[Feed]:
         return [Feed.merged(feeds())] if way.name == "stacked" else feeds()
 
+    make = {"stacked": stacked, "compile": compiled}.get(way.name, lanes)
+    kinds: list[type[Lockstep]] = [] if make is lanes else [Rehearsed]
+    if device.type == "cuda" and way.name != "eager":
+        kinds = [Replayed, *kinds]
     try:
-        for what, attempt in attempts():
+        for kind in kinds:
+            what = f"--engine {way.name}" + (", recorded as a CUDA graph," if kind is Replayed else "")
             if what in known.failed:
                 continue
             try:
-                return attempt()
+                return kind(make(), fed(), how, first, context)
             except Exception as error:  # vmap, compiler and recording have limits of many kinds
                 known.failed.add(what)
-                note(f"{what} cannot train this model, which is trained without: {one_line(error)[:200]}")
+                note(f"{what} cannot train this model, which is trained without it: {one_line(error)[:200]}")
         return Lockstep(lanes(), feeds(), how, first, context)
     finally:
         torch.manual_seed(seed)
