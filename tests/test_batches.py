@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ticketfind.batches import Data, Order, Split, chunk_size, derived_seed, seeded
+from ticketfind.batches import Data, Feed, Order, Split, chunk_size, derived_seed, seeded
 
 
 def rows(order, examples):
@@ -99,3 +99,44 @@ def test_seeded_leaves_no_trace():
         assert drawn() == first
         raise KeyError
     assert state() == before
+
+
+def test_a_feed_gives_batches_and_what_they_are_made_from() -> None:
+    split = Split(torch.arange(40.0).view(20, 2), torch.arange(20))
+    order = Order(3, 5, 2, 600)
+    rows = [row for block in order.indices(20) for row in block]
+    batches = [*split.batches(order)]
+    assert len(batches) == 598
+    for (inputs, targets), row in zip(batches, rows, strict=True):
+        assert torch.equal(targets, row) and torch.equal(inputs, split.inputs[row])
+    feed = split.batches(order)
+    sizes = []
+    for (block,) in feed.blocks:
+        sizes.append(len(block))
+        assert torch.equal(feed.batch(block[-1])[1], rows[sum(sizes) - 1])
+    assert sizes == [256, 256, 86]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_feed_of_batches_that_are_read_as_they_come(named: bool) -> None:
+    given = [(torch.full((4, 3), float(n)), torch.full((4,), n)) for n in range(5)]
+    batches = [({"a": x, "b": x + 1}, y) for x, y in given] if named else given
+    for (inputs, targets), (expected, labels) in zip(Feed.of(batches), batches, strict=True):
+        assert torch.equal(targets, labels)
+        if named:
+            assert all(torch.equal(inputs[name], expected[name]) for name in ("a", "b"))
+        else:
+            assert torch.equal(inputs, expected)
+    feed = Feed.of(batches)
+    assert [[len(t) for t in block] for block in feed.blocks] == [[1] * (3 if named else 2)] * 5
+
+
+def test_merged_feeds_give_the_batches_of_all_one_after_another() -> None:
+    split = Split(torch.arange(40.0).view(20, 2), torch.arange(20))
+    orders = [Order(seed, 5, 0, 300) for seed in range(3)]
+    merged = [*Feed.merged([split.batches(order) for order in orders])]
+    apart = zip(*(split.batches(order) for order in orders), strict=True)
+    for (inputs, targets), each in zip(merged, apart, strict=True):
+        assert torch.equal(inputs, torch.cat([batch[0] for batch in each]))
+        assert torch.equal(targets, torch.cat([batch[1] for batch in each]))
+    assert len(merged) == 300

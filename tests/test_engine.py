@@ -363,33 +363,6 @@ def test_the_first_loss_that_is_not_finite_is_named(
 # -------------------------------------------------------------------------------------------- several arms
 
 
-@pytest.mark.parametrize(
-    ("requested", "device", "arms", "parameters", "cores", "expected"),
-    [
-        ("auto", "cpu", 5, 1000, 2, "processes"),
-        ("auto", "cpu", 1, 1000, 2, "eager"),
-        ("auto", "cpu", 5, 1000, 1, "eager"),
-        ("auto", "cpu", 5, devices.SMALL_MODEL + 1, 2, "eager"),
-        ("auto", "cuda", 5, 1000, 2, "graph"),
-        ("eager", "cpu", 5, 1000, 2, "eager"),
-        ("processes", "cpu", 1, 10**9, 2, "processes"),
-    ],
-)
-@processes
-def test_choose(
-    requested: str, device: str, arms: int, parameters: int, cores: int, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(forks, "cores", lambda: cores)
-    assert devices.choose(requested, torch.device(device), arms=arms, parameters=parameters) == expected
-
-
-@pytest.mark.parametrize(("device", "cores"), [("cuda", 8), ("cpu", 1)])
-def test_choose_refuses_what_is_not_possible(device: str, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forks, "cores", lambda: cores)
-    with pytest.raises(TicketfindError, match=r"run\.engine: processes needs Linux, several CPU cores"):
-        devices.choose("processes", torch.device(device), arms=5, parameters=1)
-
-
 @pytest.mark.parametrize("name", ["cuda:99", "nonsense", "meta2"])
 def test_a_device_that_is_not_there_is_named(name: str) -> None:
     with pytest.raises(TicketfindError, match=f"run.device: expected a device that works here, found '{name}'"):
