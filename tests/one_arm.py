@@ -1,11 +1,11 @@
-"""One arm's training, step by step, for tests."""
+"""One arm's training, step by step, and what tests train on."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ticketfind.batches import Batch, Examples
+from ticketfind.batches import Batch, Examples, Feed
 from ticketfind.engine import Lockstep
 from ticketfind.lanes import Lane
 from ticketfind.outputs import OutputFn
@@ -30,7 +30,7 @@ class OneArm:
     def advance(self, batches: Iterable[Batch], first: int, tick: Callable[[int], None]) -> list[float]:
         """Train on `batches`, the first of which is iteration `first`; the losses."""
         batches = list(batches)
-        (losses,) = Lockstep([self._lane], [batches], self._how, first).advance(len(batches), tick)  # type: ignore[list-item]
+        (losses,) = Lockstep([self._lane], [Feed.of(batches)], self._how, first).advance(len(batches), tick)
         return losses
 
     def measure(self, examples: Examples, functions: Sequence[OutputFn], batch_size: int) -> list[float]:
@@ -41,3 +41,28 @@ class OneArm:
     def state(self) -> dict[str, Tensor]:
         """A copy of every parameter and buffer."""
         return self._lane.states()[0]
+
+
+def random_batches(count: int, size: int = 16, shape: Sequence[int] = (12,)) -> list[tuple[Tensor, Tensor]]:
+    """Noise in four classes."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(size, *shape, generator=generator), torch.randint(0, 4, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def random_masks(model: nn.Module, keep: float = 0.3, seed: int = 2) -> dict[str, Tensor]:
+    """Of every trained tensor of two dimensions or more, about this share is kept."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: p for name, p in model.named_parameters() if p.ndim > 1 and p.requires_grad}
+    return {name: torch.rand(p.shape, generator=generator) < keep for name, p in weights.items()}
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter and buffer."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def nothing(_: int) -> None:
+    """A tick for nobody."""

@@ -1,6 +1,8 @@
 """Steps against plain PyTorch, and arms side by side against arms one after another."""
 
 import copy
+import dataclasses
+import functools
 import math
 import multiprocessing
 import os
@@ -13,16 +15,20 @@ from typing import Any
 import pytest
 import torch
 from one_arm import OneArm
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
+from torch.utils.data import TensorDataset
 
 from ticketfind import TicketfindError, devices, engine, forks
-from ticketfind.batches import Split
+from ticketfind.batches import Data, Split
 from ticketfind.devices import Way
 from ticketfind.engine import Diverged
-from ticketfind.lanes import learning_rate
-from ticketfind.recipe import Train
+from ticketfind.examples import source_of
+from ticketfind.lanes import Lane, learning_rate
+from ticketfind.recipe import Recipe, Train
+from ticketfind.streams import Stream
 from ticketfind.train import Arm, Task, cross_entropy, fit
 
 processes = pytest.mark.skipif(sys.platform != "linux", reason="arms side by side need Linux")
@@ -526,3 +532,189 @@ def test_an_interrupt_ends_the_children(tmp_path: Path) -> None:
         list(engine.each(Way("processes", at_once=8), 3, train, tick))
     assert not any(alive(int(path.name)) for path in tmp_path.iterdir())
     assert not multiprocessing.active_children()
+
+
+# ------------------------------------------------------------------------------ arms in lockstep, every way
+
+
+def arms_of(task: Task, count: int = 5) -> list[Arm]:
+    """Dense and masked, from iteration 0 and, the last two, 5."""
+    masks = random_masks(task.model)
+    return [
+        Arm(f"arm {seed}", task.start(seed), masks if seed % 2 else {}, seed, first=5 if seed > 2 else 0)
+        for seed in range(count)
+    ]
+
+
+def assert_same(found: list[tuple[Arm, Any]], expected: list[tuple[Arm, Any]], tolerance: float = 1e-5) -> None:
+    """Points, final and kept weights."""
+    for (arm, one), (other_arm, other) in zip(found, expected, strict=True):
+        assert arm.name == other_arm.name
+        for point, wanted in zip(one.points, other.points, strict=True):
+            assert point.iteration == wanted.iteration
+            assert point.train_loss == pytest.approx(wanted.train_loss, abs=tolerance)
+            assert point.validation_loss == pytest.approx(wanted.validation_loss, abs=tolerance)
+            assert (point.validation_accuracy, point.test_accuracy) == (
+                wanted.validation_accuracy, wanted.test_accuracy,
+            )  # fmt: skip
+        assert (one.kept is None) == (other.kept is None)
+        for a, b in ((one.final, other.final), (one.kept or {}, other.kept or {})):
+            assert a.keys() == b.keys()
+            for name, value in a.items():
+                torch.testing.assert_close(value, b[name], rtol=0, atol=tolerance, msg=f"{name} of {arm.name}")
+
+
+@pytest.fixture
+def recorded_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[engine.Replayed]:
+    """`graph` as on CUDA, with steps that are done where there they would be replayed."""
+    made = []
+
+    class Replayed(engine.Replayed):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    def begin(way: Way, model: nn.Module, starts: Any, feeds: Any, how: Train, loss: Any, **rest: Any) -> Any:
+        members = [Lane(copy.deepcopy(model), start, masks, how, loss) for start, masks in starts]
+        return Replayed(members, feeds(), how, rest["first"])
+
+    monkeypatch.setattr("ticketfind.train.engine.begin", begin)
+    return made
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("net", ["mlp", "normed", "tied"])
+def test_stacked_arms_are_trained_as_one_after_another(
+    net: str, optimizer: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    """20 iterations, groups of at most two arms that begin at the same one."""
+    task = make_task(net)
+    how = make_train(iterations=20, eval_every=7, schedule="cosine", warmup=3, **{**OPTIMIZERS[optimizer], "lr": 0.01})
+    notes: list[str] = []
+    stacked = fit(arms_of(task), task, how, way=Way("stacked", at_once=2), keep_at=9, note=notes.append)
+    assert_same([*stacked], [*fit(arms_of(task), task, how, keep_at=9)], 2e-5 if "adam" in optimizer else 1e-5)
+    assert not notes
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_training_is_eager_training(
+    backend: str, make_task: Callable[..., Task], make_train: Callable[..., Train], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BatchNorm's statistics move in compiled code too; compiled once for all arms and both calls.
+
+    With the backend that generates no C++, which takes up to a minute; and, among the slow tests, with the usual one.
+    """
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    task, how = make_task("normed"), make_train(iterations=20, momentum=0.9)
+    notes: list[str] = []
+    way = Way("compile")
+    torch._dynamo.reset()
+    found = [*fit(arms_of(task)[:3], task, how, way=way, keep_at=9, note=notes.append)]
+    found += fit(arms_of(task)[3:], task, how, way=way, keep_at=9, note=notes.append)
+    assert_same(found, [*fit(arms_of(task), task, how, keep_at=9)])
+    assert not notes
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_recorded_step_follows_data_and_schedule(
+    schedule: str, make_task: Callable[..., Task], make_train: Callable[..., Train],
+    recorded_on_the_cpu: list[engine.Replayed],
+) -> None:  # fmt: skip
+    """300 iterations are two blocks of rows; evaluations fall on no multiple of the steps of a recording."""
+    task = make_task("normed")
+    how = make_train(iterations=300, eval_every=47, momentum=0.5, lr=1e-3, **SCHEDULES[schedule])
+    expected = [*fit_with(engine.Lockstep, arms_of(task), task, how, keep_at=150)]
+    ticks: list[int] = []
+    found = [*fit(arms_of(task), task, how, way=Way("graph", at_once=3), keep_at=150, tick=ticks.append)]
+    assert_same(found, expected)
+    assert sum(ticks) == 300 + 295 and set(ticks) == {1, engine.UNROLLED}  # of the arms in step, once
+    assert len(recorded_on_the_cpu) == 2
+
+
+def fit_with(kind: type[engine.Lockstep], arms: list[Arm], task: Task, how: Train, keep_at: int = 9) -> Any:
+    """Arms one after another, by a kind of lockstep, whatever `engine.begin` is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "ticketfind.train.engine.begin",
+            lambda way, model, starts, feeds, how, loss, **rest: kind(
+                [Lane(copy.deepcopy(model), start, masks, how, loss) for start, masks in starts],
+                feeds(), how, rest["first"],
+            ),
+        )  # fmt: skip
+        yield from [*fit(arms, task, how, keep_at=keep_at)]
+
+
+def test_a_recorded_step_takes_data_as_it_is_read_and_augmented(
+    make_task: Callable[..., Task], make_train: Callable[..., Train], recorded_on_the_cpu: list[engine.Replayed]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    split = Split(torch.randn(90, 1, 8, 8, generator=generator), torch.randint(4, (90,), generator=generator))
+    streamed = Stream(source_of(TensorDataset(split.inputs, split.targets), "pairs"), torch.arange(90), workers=0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    how = make_train(iterations=20, eval_every=9)
+    for train in (split, streamed):
+        task = make_task(data=Data(train, split, split, ["flip", "crop"]))
+        task = dataclasses.replace(task, model=net, fresh=lambda seed: state_of(net))
+        assert_same([*fit(arms_of(task), task, how, keep_at=9)], [*fit_with(engine.Lockstep, arms_of(task), task, how)])
+
+
+@pytest.mark.parametrize("way", ["stacked", "graph"])
+def test_the_arm_of_a_group_that_diverges_is_named(
+    way: str, make_task: Callable[..., Task], make_train: Callable[..., Train], request: pytest.FixtureRequest
+) -> None:
+    if way == "graph":
+        request.getfixturevalue("recorded_on_the_cpu")
+    task = make_task()
+    arms = [Arm(f"arm {n}", task.start(n), {}, n) for n in range(3)]
+    arms[1] = Arm("arm 1", {name: value * math.nan for name, value in task.start(1).items()}, {}, 1)
+    with pytest.raises(TicketfindError, match=r"^arm 1: the loss is not finite at iteration 0"):
+        list(fit(arms, task, make_train(), way=Way(way, at_once=3)))
+
+
+class Branching(nn.Module):
+    """What it does depends on what it sees: nothing for vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(12, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        return self.fc2(F.relu(x) if x.sum() > 0 else torch.tanh(x))
+
+
+def test_what_cannot_be_stacked_is_trained_eagerly_and_said_once(
+    make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    task, how, notes = make_task(Branching), make_train(), []
+    expected = [*fit(arms_of(task), task, how)]
+    for _ in range(2):
+        found = [*fit(arms_of(task), task, how, way=Way("stacked", at_once=5), note=notes.append)]
+        assert_same(found, expected, 0)
+    assert len(notes) == 1
+    assert notes[0].startswith("--engine stacked cannot train this model, which is trained without it: RuntimeError")
+
+
+@processes
+def test_a_seeded_search_draws_the_same_masks_every_way(
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Callable[..., Any], tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    """Not a bit of 3 rounds x 2 replicates differs here; ties that rounding breaks otherwise are possible elsewhere."""
+    masks = {}
+    for way in ("eager", "processes", "stacked", "graph"):
+        if way == "graph":
+            request.getfixturevalue("recorded_on_the_cpu")
+        recipe = make_recipe({"run.engine": way, "run.arms_at_once": 2})
+        run_search(recipe, make_task("normed"), tmp_path / way)
+        files = sorted((tmp_path / way / "masks").iterdir())
+        masks[way] = [load_file(file) for file in files]
+        assert len(files) == 6
+    for way in masks:
+        differing = sum(
+            int((mine[name] != theirs[name]).sum())
+            for mine, theirs in zip(masks[way], masks["eager"], strict=True)
+            for name in mine
+        )
+        assert differing == 0, way
