@@ -628,7 +628,7 @@ def test_a_recorded_step_follows_data_and_schedule(
     ticks: list[int] = []
     found = [*fit(arms_of(task), task, how, way=Way("graph", at_once=3), keep_at=150, tick=ticks.append)]
     assert_same(found, expected)
-    assert sum(ticks) == 300 + 295 and set(ticks) == {1, engine.UNROLLED}  # of the arms in step, once
+    assert sum(ticks) == 3 * 300 + 2 * 295 and min(ticks) == 2 and max(ticks) == 3 * engine.UNROLLED
     assert len(recorded_on_the_cpu) == 2
 
 

@@ -79,9 +79,9 @@ class Way:
         return cls(run.engine, run.arms_at_once or 1, run.precision, bool(run.channels_last))
 
     @property
-    def in_lockstep(self) -> bool:
-        """Whether arms are trained step by step together, and so have to begin at the same iteration."""
-        return self.name in ("stacked", "graph")
+    def in_step(self) -> int:
+        """How many arms, that begin at the same iteration, are trained step by step together."""
+        return self.at_once if self.name in ("stacked", "graph") else 1
 
 
 EAGER = Way()

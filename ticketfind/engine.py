@@ -59,7 +59,7 @@ class Lockstep:
         self._batches = [iter(feed) for feed in feeds]
 
     def advance(self, iterations: int, tick: Tick) -> list[list[float]]:
-        """Train on; each arm's losses, fetched once at the end.
+        """Train on; each arm's losses, fetched once at the end. tick: told of the iterations of all arms.
 
         Raises Diverged at the first loss that is not finite.
         """
@@ -77,12 +77,11 @@ class Lockstep:
     def _train(self, iterations: int, tick: Tick) -> Tensor:
         """The losses, [iterations, arms]."""
         of_members = []
-        for number, (member, batches) in enumerate(zip(self._members, self._batches, strict=True)):
+        for member, batches in zip(self._members, self._batches, strict=True):
             losses = []
             for iteration, batch in enumerate(itertools.islice(batches, iterations), self._at):
                 losses.append(member.step(batch, learning_rate(self._how, iteration)))
-                if number == 0:
-                    tick(1)
+                tick(member.arms)
             of_members.append(torch.stack(losses))
         return torch.cat(of_members, dim=1)
 
@@ -224,7 +223,7 @@ class Replayed(Lockstep):
                 while end - self._done >= steps:
                     replay()
                     self._done += steps
-                    tick(steps)
+                    tick(steps * self._losses.shape[1])
             found.append(self._losses[begin:end].clone())
             at += end - begin
         return torch.cat(found)

@@ -140,14 +140,20 @@ class _Job:
     def rounds(self) -> list[results.Round]:
         recipe, plan, run = self.recipe, self.plan, self.run
         logged = {(line["round"], line["replicate"]) for line in run.log()}
-        replicates = range(recipe.run.replicates)
-        self.watch.begin(sum(plan.iterations) * len(replicates), sum(plan.iterations[round] for round, _ in logged))
-        for round in range(plan.measured):
-            todo = [replicate for replicate in replicates if (round, replicate) not in logged]
+        replicates, in_step = range(recipe.run.replicates), Way.of(recipe.run).in_step
+        groups = [replicates[first : first + in_step] for first in replicates[::in_step]]
+        left = {  # all of those that are trained together, or none: their numbers may depend on it, by rounding
+            round: [r for group in groups if any((round, r) not in logged for r in group) for r in group]
+            for round in range(plan.measured)
+        }
+        total = sum(plan.iterations) * len(replicates)
+        self.watch.begin(total, total - sum(plan.iterations[round] * len(todo) for round, todo in left.items()))
+        for round, todo in left.items():
             arms = [self.arm(round, replicate) for replicate in todo]
             with closing(self.train(round, arms)) as trained:
                 for replicate, (arm, outcome) in zip(todo, trained, strict=True):
-                    self.finish(round, replicate, arm, outcome)
+                    if (round, replicate) not in logged:
+                        self.finish(round, replicate, arm, outcome)
             rundir.make_latest(run)
             self.watch.round(finished_rounds(run, recipe)[round])
         rounds = finished_rounds(run, recipe)

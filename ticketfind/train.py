@@ -146,7 +146,7 @@ def fit(
     folder: for the files of an outside program that trains.
     Raises TicketfindError, naming the arm, where a loss is no longer finite (the iteration too) or the training fails.
     """
-    together = [*_together(arms, way.at_once if way.in_lockstep else 1)]
+    together = [*_together(arms, way.in_step)]
 
     def train(index: int, tick: Tick) -> list[Outcome]:
         work = Work(how, keep_at, tick, folder)
