@@ -391,12 +391,14 @@ def test_a_search_stopped_again_and_again_ends_in_the_same_bytes(
     assert tree(tmp_path / "run") == tree(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("way", ["eager", "stacked"])
 @pytest.mark.parametrize("crash", ["before the log line", "in the log line", "before the mask", "before the ticket"])
 def test_a_search_that_crashed_ends_in_the_same_bytes(
-    crash: str, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search,
+    crash: str, way: str, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search,
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
-    recipe = make_recipe({"prune.rewind": "lr"})
+    """Between two replicates that are trained together, too: they are trained together again."""
+    recipe = make_recipe({"prune.rewind": "lr", "run.engine": way, "run.arms_at_once": 2})
     run_search(recipe, make_task(), tmp_path / "whole")
     appended = 0
 
