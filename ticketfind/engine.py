@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -176,20 +176,21 @@ class Replayed(Lockstep):
                 for _ in range(3):
                     self._next.zero_()
                     self._step()
-            self._replays = {steps: self._recorded(steps, device) for steps in ((UNROLLED, 1) if several else (1,))}
+            pool = torch.cuda.graph_pool_handle() if cuda else None  # both recordings work in the same memory
+            self._replays = {steps: self._recorded(steps, pool) for steps in ((UNROLLED, 1) if several else (1,))}
         self._begin_rows(first)
 
-    def _recorded(self, steps: int, device: torch.device) -> Callable[[], None]:
+    def _recorded(self, steps: int, pool: Any) -> Callable[[], None]:
         """So many steps as one call."""
 
         def run() -> None:
             for _ in range(steps):
                 self._step()
 
-        if device.type != "cuda":
+        if pool is None:
             return run
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may pin memory meanwhile
+        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):  # other threads may pin memory meanwhile
             run()
         return graph.replay
 
@@ -203,7 +204,7 @@ class Replayed(Lockstep):
                 losses.append(member.step(self._batch[number](*row), rate))
         for stream in self._streams:
             torch.cuda.current_stream().wait_stream(stream)
-        self._losses.index_copy_(0, self._next, torch.cat(losses)[None])
+        self._losses.index_copy_(0, self._next, torch.cat(losses).to(self._losses.dtype)[None])
         self._next += 1
 
     def _branch(self, member: int) -> AbstractContextManager[object]:

@@ -186,7 +186,8 @@ def _faults_of(arms: Sequence[Arm], how: Train) -> Iterator[None]:
 def judge(arms: Iterable[Arm], task: Task, how: Train) -> Generator[tuple[Arm, Outcome], None, None]:
     """Every arm with the outcome that `task.trained`, weights from elsewhere, stand for; measured, not trained."""
     for arm in arms:
-        with _faults_of([dataclasses.replace(arm, name=f"{arm.name}, from model.trained")], how):
+        named = dataclasses.replace(arm, name=f"{arm.name}, from model.trained")
+        with _faults_of([named], how), devices.arithmetic(EAGER, task.device, task.model):
             start = {**arm.start, **task.trained}
             training = engine.begin(EAGER, task.model, [(start, arm.masks)], list, how, task.loss, device=task.device)
             points = _points(training, task, how, int(how.iterations), [None])
