@@ -235,10 +235,16 @@ class Difference:
 def difference(a: Ticket, b: Ticket) -> Difference:
     """Compare two tickets. Raises TicketfindError where they are of different networks."""
     overlaps = masks.compare(a.masks, b.masks)
-    ours, theirs = a.init, b.init
-    if not (a.complete and b.complete):  # a compact ticket holds what both masks keep, and no more
-        both = {name: mask & b.masks[name] for name, mask in a.masks.items()}
-        ours, theirs = a.weights(both), b.weights(both)
-    same_init = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    tied = {**b.about.aliases, **a.about.aliases}
+
+    def is_same(name: str) -> bool:
+        ours, theirs = a.init[name], b.init[name]
+        masked = tied.get(name, name)
+        if masked in a.masks and not (a.complete and b.complete):  # a compact ticket holds what its mask keeps
+            both = a.masks[masked] & b.masks[masked]
+            ours, theirs = ours[both], theirs[both]
+        return torch.equal(ours, theirs)
+
+    same_init = a.init.keys() == b.init.keys() and all(map(is_same, a.init))
     same_masks = all(torch.equal(a.masks[name], b.masks[name]) for name in a.masks)
     return Difference(same_masks, same_init, overlaps)

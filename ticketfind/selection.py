@@ -4,7 +4,7 @@ Legend: a group is a list of tensors that are ranked together; `among` are bool 
 a score takes part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,13 +49,13 @@ def _threshold(scores: Sequence[Tensor], among: Sequence[Tensor], k: int, n: int
     if interval is not None:
         low, high = interval
         above = sum(int(((values > high) & part).sum()) for values, part in zip(scores, among, strict=True))
-        found = _picked(scores, [(v >= low) & (v <= high) & part for v, part in zip(scores, among, strict=True)])
+        found = _picked(scores, ((v >= low) & (v <= high) & part for v, part in zip(scores, among, strict=True)))
         if above < k <= above + found.numel():
             return _kth(found, k - above, above)
     return _kth(_picked(scores, among), k, 0)
 
 
-def _picked(scores: Sequence[Tensor], where: Sequence[Tensor]) -> Tensor:
+def _picked(scores: Sequence[Tensor], where: Iterable[Tensor]) -> Tensor:
     return torch.cat([values[part] for values, part in zip(scores, where, strict=True)])
 
 

@@ -13,7 +13,15 @@ from ticketfind import TicketfindError, files
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file. Raises TicketfindError where that fails, and leaves nothing half written."""
-    ready = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    ready: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, value in tensors.items():
+        value = value.detach().cpu()
+        place = value.untyped_storage().data_ptr()
+        if not value.is_contiguous() or place in storages:  # the format has neither strides nor shared tensors
+            value = value.clone(memory_format=torch.contiguous_format)
+        storages.add(place)
+        ready[name] = value
     with files.whole(path) as temporary:
         try:
             save_file(ready, temporary, metadata)
