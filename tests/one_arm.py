@@ -1,6 +1,7 @@
 """One arm's training, step by step, and what tests train on."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,22 @@ from ticketfind.engine import Lockstep
 from ticketfind.lanes import Lane
 from ticketfind.outputs import OutputFn
 from ticketfind.recipe import Train
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": "sgd", "lr": 0.5},
+    "sgd-momentum-decay": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2},
+    "adam": {"optimizer": "adam", "lr": 1e-2},
+    "adam-decay": {"optimizer": "adam", "lr": 1e-2, "weight_decay": 1e-2},
+    "adamw": {"optimizer": "adamw", "lr": 1e-2, "weight_decay": 0.1},
+}
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "constant": {"schedule": "constant"},
+    "warmup": {"schedule": "constant", "warmup": 5},
+    "cosine": {"schedule": "cosine"},
+    "warmup-cosine": {"schedule": "cosine", "warmup": 6},
+    "step": {"schedule": "step", "milestones": [10, 21]},
+    "warmup-step": {"schedule": "step", "warmup": 4, "milestones": [10, 21]},
+}
 
 
 class OneArm:

@@ -1,8 +1,9 @@
-"""Steps against plain PyTorch, and arms side by side against arms one after another."""
+"""Arms under way, and every way of training several against one after another."""
 
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 import multiprocessing
 import os
@@ -14,274 +15,26 @@ from typing import Any
 
 import pytest
 import torch
-from one_arm import OneArm
+from one_arm import OPTIMIZERS, SCHEDULES, OneArm, nothing, random_batches, random_masks, state_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import lr_scheduler
 from torch.utils.data import TensorDataset
 
 from ticketfind import TicketfindError, devices, engine, forks
-from ticketfind.batches import Data, Split
+from ticketfind.batches import Data, Feed, Order, Split
 from ticketfind.devices import Way
-from ticketfind.engine import Diverged
+from ticketfind.engine import Diverged, Lockstep, Rehearsed, Replayed
 from ticketfind.examples import source_of
-from ticketfind.lanes import Lane, learning_rate
+from ticketfind.lanes import Lane, Member, Stack
 from ticketfind.recipe import Recipe, Train
 from ticketfind.streams import Stream
 from ticketfind.train import Arm, Task, cross_entropy, fit
 
 processes = pytest.mark.skipif(sys.platform != "linux", reason="arms side by side need Linux")
 
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "sgd": {"optimizer": "sgd", "lr": 0.5},
-    "sgd-momentum-decay": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2},
-    "adam": {"optimizer": "adam", "lr": 1e-2},
-    "adam-decay": {"optimizer": "adam", "lr": 1e-2, "weight_decay": 1e-2},
-    "adamw": {"optimizer": "adamw", "lr": 1e-2, "weight_decay": 0.1},
-}
-SCHEDULES: dict[str, dict[str, Any]] = {
-    "constant": {"schedule": "constant"},
-    "warmup": {"schedule": "constant", "warmup": 5},
-    "cosine": {"schedule": "cosine"},
-    "warmup-cosine": {"schedule": "cosine", "warmup": 6},
-    "step": {"schedule": "step", "milestones": [10, 21]},
-    "warmup-step": {"schedule": "step", "warmup": 4, "milestones": [10, 21]},
-}
 
-
-def torch_optimizer(model: nn.Module, how: Train) -> torch.optim.Optimizer:
-    """What a user of PyTorch would write for `how`."""
-    common = {"lr": how.lr, "weight_decay": how.weight_decay}
-    if how.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=how.momentum, foreach=False, **common)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[how.optimizer](
-        model.parameters(), foreach=False, **common
-    )
-
-
-def torch_scheduler(optimizer: torch.optim.Optimizer, how: Train) -> lr_scheduler.LRScheduler:
-    """PyTorch's own schedules, put together as `how` describes them."""
-    warmup, total = int(how.warmup), int(how.iterations)
-    rise = lr_scheduler.LinearLR(optimizer, 1 / max(warmup, 1), 1.0, total_iters=max(warmup - 1, 1))
-    if how.schedule == "constant":
-        return rise
-    if how.schedule == "step":
-        drops = lr_scheduler.MultiStepLR(optimizer, [int(m) for m in how.milestones], gamma=0.1)
-        return lr_scheduler.ChainedScheduler([rise, drops])
-    fall = lr_scheduler.CosineAnnealingLR(optimizer, T_max=total - warmup)
-    return lr_scheduler.SequentialLR(optimizer, [rise, fall], milestones=[warmup]) if warmup else fall
-
-
-def random_batches(count: int, size: int = 16) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(size, 12, generator=generator), torch.randint(0, 4, (size,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def random_masks(model: nn.Module, keep: float = 0.3) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    weights = {name: p for name, p in model.named_parameters() if p.ndim > 1}
-    return {name: torch.rand(p.shape, generator=generator) < keep for name, p in weights.items()}
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def nothing(_: int) -> None:
-    """A tick for nobody."""
-
-
-# ------------------------------------------------------------------------------------------------- one arm
-
-
-def assert_trains_as_plain_pytorch(model: nn.Module, how: Train, moved: str) -> None:
-    """30 steps under random masks, here and in the loop that a user would write; `moved` must have moved."""
-    masks, batches, start = random_masks(model), random_batches(30), state_of(model)
-    plain = copy.deepcopy(model)
-    masked = [(plain.get_parameter(name), mask) for name, mask in masks.items()]
-    for parameter, mask in masked:
-        parameter.data *= mask
-    torchs = torch_optimizer(plain, how)
-    scheduler = torch_scheduler(torchs, how)
-    losses = []
-    plain.train()
-    for inputs, targets in batches:
-        torchs.zero_grad()
-        loss = F.cross_entropy(plain(inputs), targets)
-        loss.backward()
-        for parameter, mask in masked:
-            parameter.grad *= mask
-        torchs.step()
-        scheduler.step()
-        for parameter, mask in masked:
-            parameter.data *= mask
-        losses.append(loss.item())
-
-    lane = OneArm(model, start, masks, how, cross_entropy, seed=0)
-    assert lane.advance(batches, 0, nothing) == pytest.approx(losses, abs=1e-6)
-    for name, expected in plain.state_dict().items():
-        torch.testing.assert_close(lane.state()[name], expected, rtol=0, atol=1e-6, msg=name)
-    assert (lane.state()[moved] - start[moved])[masks[moved]].abs().max() > 3e-3  # the comparison was of something
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("net", ["mlp", "normed"])
-def test_masked_training_is_what_plain_pytorch_does(
-    net: str, optimizer: str, schedule: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
-) -> None:
-    how = make_train(iterations=30, **OPTIMIZERS[optimizer], **SCHEDULES[schedule])
-    assert_trains_as_plain_pytorch(make_task(net).model, how, "fc1.weight")
-
-
-class Transposed(nn.Module):
-    """[b, 12] -> [b, 4]; autograd gives the weight a gradient with its memory the other way round."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(4, 12, generator=torch.Generator().manual_seed(0)) / 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ (self.w.t() * 1.0).contiguous()
-
-
-class Summed(Transposed):
-    """[b, 12] -> [b, 4]; autograd gives both parameters one and the same tensor as their gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.v = nn.Parameter(torch.zeros(4, 12))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.w + self.v)
-
-
-class Images(nn.Module):
-    """[b, 12] -> [b, 4]; a convolution with its weight in channels-last memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.w = nn.Conv2d(3, 4, 2), nn.Parameter(torch.eye(4))
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.conv(x.view(-1, 3, 2, 2)).flatten(1), self.w)
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("net", [Transposed, Summed, Images])
-def test_gradients_of_any_memory_are_taken_as_plain_pytorch_takes_them(
-    net: type[nn.Module], optimizer: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
-) -> None:
-    assert_trains_as_plain_pytorch(make_task(net).model, make_train(iterations=30, **OPTIMIZERS[optimizer]), "w")
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_learning_rates_are_those_of_pytorchs_schedulers(schedule: str, make_train: Callable[..., Train]) -> None:
-    how = make_train(iterations=30, lr=0.4, **SCHEDULES[schedule])
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=how.lr)
-    scheduler = torch_scheduler(optimizer, how)
-    expected = []
-    for _ in range(30):
-        expected.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert [learning_rate(how, i) for i in range(30)] == pytest.approx(expected, rel=1e-9)
-
-
-def test_learning_rates_by_hand(make_train: Callable[..., Train]) -> None:
-    """Warmup ends at the full rate; cosine is half way down in the middle; milestones count from iteration 0."""
-    cosine = make_train(iterations=24, lr=0.8, schedule="cosine", warmup=4)
-    assert [learning_rate(cosine, i) for i in (0, 1, 3, 4, 14)] == pytest.approx([0.2, 0.4, 0.8, 0.8, 0.4])
-    assert 0 < learning_rate(cosine, 23) < 0.01
-    step = make_train(iterations=24, lr=0.8, schedule="step", milestones=[10, 20])
-    assert [learning_rate(step, i) for i in (9, 10, 19, 20)] == pytest.approx([0.8, 0.08, 0.08, 0.008])
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_pruned_weights_are_exactly_zero_at_every_step(
-    optimizer: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
-) -> None:
-    model = make_task("normed").model
-    masks = random_masks(model)
-    weights = dict(model.named_parameters())
-    lane = OneArm(
-        model, state_of(model), masks, make_train(iterations=50, **OPTIMIZERS[optimizer]), cross_entropy, seed=0
-    )
-
-    def all_zero() -> bool:
-        return all(torch.equal(weights[name] == 0, ~mask) for name, mask in masks.items())
-
-    assert all_zero()
-    seen = []
-    lane.advance(random_batches(50), 0, lambda n: seen.append((n, all_zero())))
-    assert seen == [(1, True)] * 50  # survivors are not zero, pruned weights are, after every single step
-
-
-@pytest.mark.parametrize("net", ["mlp", "normed"])
-def test_a_lane_starts_from_exactly_what_it_is_given(
-    net: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
-) -> None:
-    """Nothing of the model's previous training is left: weights, statistics, optimizer state."""
-    task, how, batches = make_task(net), make_train(momentum=0.9), random_batches(6)
-    start, masks = task.start(3), random_masks(task.model)
-    OneArm(task.model, task.start(4), {}, how, cross_entropy, seed=0).advance(batches, 0, nothing)
-    lane = OneArm(task.model, start, masks, how, cross_entropy, seed=0)
-    for name, value in lane.state().items():
-        expected = start[name] * masks[name] if name in masks else start[name]
-        assert torch.equal(value, expected), name
-    losses = lane.advance(batches, 0, nothing)
-    assert losses == OneArm(make_task(net).model, start, masks, how, cross_entropy, seed=0).advance(batches, 0, nothing)
-
-
-def test_tied_weights_are_masked_under_all_their_names(
-    make_task: Callable[..., Task], make_train: Callable[..., Train]
-) -> None:
-    task = make_task("tied")
-    mask = torch.rand(12, 12, generator=torch.Generator().manual_seed(0)) < 0.3
-    start = task.start(1)
-    lane = OneArm(task.model, start, {"encode.weight": mask}, make_train(), cross_entropy, seed=0)
-    for name in ("encode.weight", "decode.weight"):
-        assert torch.equal(lane.state()[name], start[name] * mask), name
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_frozen_and_sometimes_unused_parameters_are_left_alone_as_in_pytorch(
-    optimizer: str, make_train: Callable[..., Train]
-) -> None:
-    """Stochastic depth: a layer takes no part in the first steps, and joins later."""
-
-    class Skipping(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.early, self.late, self.frozen = nn.Linear(12, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-            self.frozen.requires_grad_(False)
-            self.calls = 0
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            x = self.early(x)
-            return self.frozen(self.late(x) if self.calls > 2 else x)
-
-    how, batches = make_train(**OPTIMIZERS[optimizer]), random_batches(5)
-    model = Skipping()
-    plain = copy.deepcopy(model)
-    start = state_of(model)
-    torchs = torch_optimizer(plain, how)
-    for inputs, targets in batches:
-        torchs.zero_grad()
-        F.cross_entropy(plain(inputs), targets).backward()
-        torchs.step()
-    lane = OneArm(model, start, {}, how, cross_entropy, seed=0)
-    lane.advance(batches, 0, nothing)
-    for name, expected in plain.state_dict().items():
-        torch.testing.assert_close(lane.state()[name], expected, rtol=0, atol=1e-6, msg=name)
-    assert torch.equal(lane.state()["frozen.weight"], start["frozen.weight"])
-    assert not torch.equal(lane.state()["late.weight"], start["late.weight"])
+# ------------------------------------------------------------------------------------------ arms under way
 
 
 def test_advance_takes_the_schedule_up_where_it_is_told(
@@ -307,17 +60,26 @@ def test_advance_takes_the_schedule_up_where_it_is_told(
         torch.testing.assert_close(lane.state()[name], start[name] - rate * parameter.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_dropout_follows_the_lanes_seed(make_train: Callable[..., Train]) -> None:
-    def losses(seed: int, drawn_before: int) -> list[float]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.5), nn.Linear(16, 4))
-            torch.rand(drawn_before)
-            lane = OneArm(model, state_of(model), {}, make_train(), cross_entropy, seed)
-            return lane.advance(random_batches(4), 0, nothing)
+@pytest.mark.parametrize("way", ["eager", "stacked", pytest.param("processes", marks=processes)])
+def test_dropout_follows_the_arms_seed(
+    way: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    """Whatever was drawn before; and a training leaves the user's generator alone."""
+    task = make_task(lambda: nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.5), nn.Linear(16, 4)))
+    start = task.start(0)
+    data = task.data.train
+    task = dataclasses.replace(task, data=Data(Split(data.inputs[:16], data.targets[:16]), data, data))
 
-    assert losses(1, 0) == losses(1, 5)
-    assert losses(1, 0) != losses(2, 0)
+    def final(seed: int, drawn_before: int) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.rand(drawn_before)
+            before = torch.get_rng_state()
+            ((_, outcome),) = fit([Arm("arm", start, {}, seed)], task, make_train(), way=Way(way, at_once=2))
+            assert torch.equal(torch.get_rng_state(), before)
+            return outcome.final["0.weight"]
+
+    assert torch.equal(final(1, 0), final(1, 5))
+    assert (final(1, 0) - final(2, 0)).abs().max() > 1e-3  # on the same 16 examples in every iteration
 
 
 def test_measure_is_the_mean_over_the_examples_in_evaluation_mode(make_train: Callable[..., Train]) -> None:
@@ -565,21 +327,16 @@ def assert_same(found: list[tuple[Arm, Any]], expected: list[tuple[Arm, Any]], t
 
 
 @pytest.fixture
-def recorded_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[engine.Replayed]:
-    """`graph` as on CUDA, with steps that are done where there they would be replayed."""
-    made = []
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[engine.Lockstep]:
+    """Trainings begin as on a CUDA device, and do step by step what there would be replayed."""
+    real, begun = engine.begin, []
 
-    class Replayed(engine.Replayed):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            made.append(self)
+    def begin(*args: Any, **settings: Any) -> engine.Lockstep:
+        begun.append(real(*args, **{**settings, "device": torch.device("cuda")}))
+        return begun[-1]
 
-    def begin(way: Way, model: nn.Module, starts: Any, feeds: Any, how: Train, loss: Any, **rest: Any) -> Any:
-        members = [Lane(copy.deepcopy(model), start, masks, how, loss) for start, masks in starts]
-        return Replayed(members, feeds(), how, rest["first"])
-
-    monkeypatch.setattr("ticketfind.train.engine.begin", begin)
-    return made
+    monkeypatch.setattr(engine, "begin", begin)
+    return begun
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -609,6 +366,7 @@ def test_compiled_training_is_eager_training(
     notes: list[str] = []
     way = Way("compile")
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     found = [*fit(arms_of(task)[:3], task, how, way=way, keep_at=9, note=notes.append)]
     found += fit(arms_of(task)[3:], task, how, way=way, keep_at=9, note=notes.append)
     assert_same(found, [*fit(arms_of(task), task, how, keep_at=9)])
@@ -617,46 +375,38 @@ def test_compiled_training_is_eager_training(
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("way", ["graph", "stacked"])
 def test_a_recorded_step_follows_data_and_schedule(
-    schedule: str, make_task: Callable[..., Task], make_train: Callable[..., Train],
-    recorded_on_the_cpu: list[engine.Replayed],
+    way: str, schedule: str, make_task: Callable[..., Task], make_train: Callable[..., Train],
+    as_on_cuda: list[engine.Lockstep],
 ) -> None:  # fmt: skip
     """300 iterations are two blocks of rows; evaluations fall on no multiple of the steps of a recording."""
-    task = make_task("normed")
+    task, notes = make_task("normed"), []
     how = make_train(iterations=300, eval_every=47, momentum=0.5, lr=1e-3, **SCHEDULES[schedule])
-    expected = [*fit_with(engine.Lockstep, arms_of(task), task, how, keep_at=150)]
     ticks: list[int] = []
-    found = [*fit(arms_of(task), task, how, way=Way("graph", at_once=3), keep_at=150, tick=ticks.append)]
-    assert_same(found, expected)
+    told: dict[str, Any] = {"tick": ticks.append, "note": notes.append}
+    found = [*fit(arms_of(task), task, how, way=Way(way, at_once=3), keep_at=150, **told)]
+    assert [type(training) for training in as_on_cuda] == [engine.Replayed] * 2 and not notes
     assert sum(ticks) == 3 * 300 + 2 * 295 and min(ticks) == 2 and max(ticks) == 3 * engine.UNROLLED
-    assert len(recorded_on_the_cpu) == 2
+    assert_same(found, [*fit(arms_of(task), task, how, keep_at=150)], 1e-6)
 
 
-def fit_with(kind: type[engine.Lockstep], arms: list[Arm], task: Task, how: Train, keep_at: int = 9) -> Any:
-    """Arms one after another, by a kind of lockstep, whatever `engine.begin` is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "ticketfind.train.engine.begin",
-            lambda way, model, starts, feeds, how, loss, **rest: kind(
-                [Lane(copy.deepcopy(model), start, masks, how, loss) for start, masks in starts],
-                feeds(), how, rest["first"],
-            ),
-        )  # fmt: skip
-        yield from [*fit(arms, task, how, keep_at=keep_at)]
-
-
+@pytest.mark.parametrize("augment", [(), ("flip", "crop")])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("way", ["graph", "stacked"])
 def test_a_recorded_step_takes_data_as_it_is_read_and_augmented(
-    make_task: Callable[..., Task], make_train: Callable[..., Train], recorded_on_the_cpu: list[engine.Replayed]
-) -> None:
+    way: str, streamed: bool, augment: tuple[str, ...], make_task: Callable[..., Task],
+    make_train: Callable[..., Train], as_on_cuda: list[engine.Lockstep],
+) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     split = Split(torch.randn(90, 1, 8, 8, generator=generator), torch.randint(4, (90,), generator=generator))
-    streamed = Stream(source_of(TensorDataset(split.inputs, split.targets), "pairs"), torch.arange(90), workers=0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
-    how = make_train(iterations=20, eval_every=9)
-    for train in (split, streamed):
-        task = make_task(data=Data(train, split, split, ["flip", "crop"]))
-        task = dataclasses.replace(task, model=net, fresh=lambda seed: state_of(net))
-        assert_same([*fit(arms_of(task), task, how, keep_at=9)], [*fit_with(engine.Lockstep, arms_of(task), task, how)])
+    stream = Stream(source_of(TensorDataset(split.inputs, split.targets), "pairs"), torch.arange(90), workers=0)
+    data = Data(stream if streamed else split, split, split, augment)
+    task = make_task(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), data=data)
+    how, notes = make_train(iterations=20, eval_every=9), []
+    found = [*fit(arms_of(task), task, how, way=Way(way, at_once=3), keep_at=9, note=notes.append)]
+    assert {type(training) for training in as_on_cuda} == {engine.Replayed} and not notes
+    assert_same(found, [*fit(arms_of(task), task, how, keep_at=9)])
 
 
 @pytest.mark.parametrize("way", ["stacked", "graph"])
@@ -664,12 +414,134 @@ def test_the_arm_of_a_group_that_diverges_is_named(
     way: str, make_task: Callable[..., Task], make_train: Callable[..., Train], request: pytest.FixtureRequest
 ) -> None:
     if way == "graph":
-        request.getfixturevalue("recorded_on_the_cpu")
+        request.getfixturevalue("as_on_cuda")
     task = make_task()
     arms = [Arm(f"arm {n}", task.start(n), {}, n) for n in range(3)]
     arms[1] = Arm("arm 1", {name: value * math.nan for name, value in task.start(1).items()}, {}, 1)
     with pytest.raises(TicketfindError, match=r"^arm 1: the loss is not finite at iteration 0"):
         list(fit(arms, task, make_train(), way=Way(way, at_once=3)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["lanes", "stack"])
+@pytest.mark.parametrize("way", [Lockstep, Rehearsed, Replayed])
+def test_the_arm_of_a_group_that_is_not_finite_is_named(
+    way: type[Lockstep], kind: str, bad: float, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    """Arm 2 at iteration 105, in the second of two advances; arm 1 follows one iteration later."""
+    model, how = make_task().model, make_train(iterations=200)
+    batches = [[(x.clone(), y) for x, y in random_batches(8)] for _ in range(4)]
+    batches[2][5][0][0, 0] = batches[1][6][0][3, 1] = bad
+    starts = [(state_of(model), random_masks(model, seed=arm)) for arm in range(4)]
+    feeds = [Feed.of(own) for own in batches]
+    if kind == "stack":
+        members: list[Member] = [Stack(copy.deepcopy(model), starts, how, cross_entropy)]
+        feeds = [Feed.merged(feeds)]
+    else:
+        members = [Lane(copy.deepcopy(model), *start, how, cross_entropy) for start in starts]
+    training = way(members, feeds, how, 100)
+    assert all(len(losses) == 3 for losses in training.advance(3, nothing))
+    with pytest.raises(Diverged) as caught:
+        training.advance(5, nothing)
+    assert (caught.value.iteration, caught.value.arm) == (105, 2)
+
+
+class Double(nn.Module):
+    """float32 -> float64."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double()
+
+
+class Small:
+    """A training set of 70 noisy examples, resident, streamed or augmented, and a network for it."""
+
+    def __init__(self, kind: str) -> None:
+        generator = torch.Generator().manual_seed(4)
+        shape = (1, 8, 8) if kind == "augmented" else (12,)
+        inputs = torch.randn(70, *shape, generator=generator)
+        targets = torch.randint(4, (70,), generator=generator)
+        split = Split(inputs, targets)
+        examples = [(x, int(y)) for x, y in zip(inputs, targets, strict=True)]
+        stream = Stream(source_of(examples, "data"), torch.arange(70), 0)
+        self.data = Data(
+            stream if kind == "streamed" else split, split, split, ["flip", "crop"] if kind == "augmented" else ()
+        )
+        torch.manual_seed(0)
+        layers = [nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)]
+        if kind == "augmented":
+            layers = [nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4)]
+        self.model = nn.Sequential(Double(), *layers).double()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd-momentum-decay", "adam"])
+@pytest.mark.parametrize("together", ["lanes", "stack"])
+@pytest.mark.parametrize(
+    ("kind", "first", "stops", "schedule"),
+    [
+        ("resident", 0, (4, 23, 261, 600), {"schedule": "cosine", "warmup": 30}),  # rows of 256, steps of 8
+        ("resident", 250, (251, 300, 515), {"schedule": "step", "milestones": [255, 400]}),
+        ("resident", 0, (3,), {"schedule": "constant"}),  # fewer rows than are unrolled
+        ("streamed", 5, (6, 17, 30), {"schedule": "cosine", "warmup": 10}),
+        ("augmented", 0, (13, 40), {"schedule": "cosine"}),
+    ],
+)
+def test_replayed_steps_are_the_steps(
+    kind: str, first: int, stops: tuple[int, ...], schedule: dict[str, Any], together: str, optimizer: str,
+    make_train: Callable[..., Train],
+) -> None:  # fmt: skip
+    """Losses of every iteration and weights at every stop, as step by step; every iteration is told of, once.
+
+    In float64, as Adam makes much of the rounding of gradients that are zero; rates are in float32 here and there.
+    """
+    small, total = Small(kind), stops[-1]
+    model = small.model
+    how = make_train(iterations=total, batch_size=10, **{**OPTIMIZERS[optimizer], "lr": 1e-3}, **schedule)
+    starts = [(state_of(model), random_masks(model, 0.3 + 0.3 * arm, seed=arm)) for arm in range(2)]
+
+    def made(way: type[Lockstep]) -> Lockstep:
+        feeds = [small.data.training(Order(seed, 10, first, total)) for seed in range(2)]
+        if together == "stack":
+            members: list[Member] = [Stack(copy.deepcopy(model), starts, how, cross_entropy)]
+            return way(members, [Feed.merged(feeds)], how, first)
+        return way([Lane(copy.deepcopy(model), *start, how, cross_entropy) for start in starts], feeds, how, first)
+
+    trainings = made(Lockstep), made(Replayed)
+    ticks = [0, 0]
+
+    def tick(which: int, n: int) -> None:
+        ticks[which] += n
+
+    for begin, stop in itertools.pairwise((first, *stops)):
+        usual, replayed = (
+            torch.tensor(training.advance(stop - begin, lambda n, which=which: tick(which, n)))
+            for which, training in enumerate(trainings)
+        )
+        assert usual.shape == replayed.shape == (2, stop - begin)
+        torch.testing.assert_close(replayed, usual, rtol=0, atol=1e-6)
+        assert ticks == [2 * (stop - first)] * 2  # of both arms
+        for one, other, (start, masks) in zip(trainings[0].states(), trainings[1].states(), starts, strict=True):
+            for name, value in one.items():
+                torch.testing.assert_close(other[name], value, rtol=0, atol=1e-6, msg=f"{name} at {stop}")
+            assert all(torch.equal(other[name] == 0, ~mask) for name, mask in masks.items())
+            moved = max(float((other[name] - start[name])[mask].abs().max()) for name, mask in masks.items())
+            assert moved > 1e-4 or stop < total
+
+
+@pytest.mark.parametrize("way", [Rehearsed, Replayed])
+def test_what_is_tried_first_is_undone(
+    way: type[Lockstep], make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    """Weights, statistics and optimizer are as before the steps that warm up; no batch is lost."""
+    model, how = make_task("normed").model, make_train(optimizer="adam", lr=0.01)
+    start, masks = state_of(model), random_masks(model)
+    lane = Lane(copy.deepcopy(model), start, masks, how, cross_entropy)
+    training = way([lane], [Feed.of(random_batches(5))], how)
+    for name, value in training.states()[0].items():
+        assert torch.equal(value, start[name] * masks[name] if name in masks else start[name]), name
+    fresh = OneArm(copy.deepcopy(model), start, masks, how, cross_entropy)
+    (losses,) = training.advance(5, nothing)
+    assert losses == pytest.approx(fresh.advance(random_batches(5), 0, nothing), abs=1e-6)
 
 
 class Branching(nn.Module):
@@ -696,6 +568,54 @@ def test_what_cannot_be_stacked_is_trained_eagerly_and_said_once(
     assert notes[0].startswith("--engine stacked cannot train this model, which is trained without it: RuntimeError")
 
 
+@pytest.mark.parametrize(
+    ("way", "instead"), [("graph", engine.Lockstep), ("stacked", engine.Rehearsed), ("compile", engine.Rehearsed)]
+)
+def test_what_cannot_be_recorded_is_trained_without_and_said_once(
+    way: str, instead: type[engine.Lockstep], make_task: Callable[..., Task], make_train: Callable[..., Train],
+    as_on_cuda: list[engine.Lockstep], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In the same way where that goes without a recording; what was tried before leaves no trace."""
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("not permitted when a stream is capturing\nand more lines")
+
+    monkeypatch.setattr(engine.Replayed, "_recorded", fails)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    task, how, notes = make_task("normed"), make_train(momentum=0.9), []
+    for _ in range(2):
+        found = [*fit(arms_of(task), task, how, way=Way(way, at_once=2), keep_at=9, note=notes.append)]
+        assert_same(found, [*fit(arms_of(task), task, how, keep_at=9)])
+    assert {type(training) for training in as_on_cuda} == {instead, engine.Lockstep}
+    (note,) = notes
+    assert note.startswith(f"--engine {way}, recorded as a CUDA graph, cannot train this model, which is trained")
+    assert "not permitted when a stream is capturing" in note and "\n" not in note
+
+
+@pytest.mark.parametrize("name", ["stacked", "compile"])
+def test_streamed_batches_that_a_failed_way_took_are_read_again(
+    name: str, make_task: Callable[..., Task], make_train: Callable[..., Train], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The eager training that takes over sees every batch from the first one on; and says why in one line."""
+
+    class Refusing(engine.Rehearsed):
+        def __init__(self, members: Any, feeds: Any, *rest: Any) -> None:
+            super().__init__(members, feeds, *rest)
+            raise RuntimeError("not this one\nat all")
+
+    monkeypatch.setattr(engine, "Rehearsed", Refusing)
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
+    split, how = make_task().data.train, make_train()
+    stream = Stream(source_of(TensorDataset(split.inputs, split.targets), "pairs"), torch.arange(90), workers=0)
+    task = make_task(data=Data(stream, split, split))
+    notes: list[str] = []
+    found = [*fit(arms_of(task), task, how, way=Way(name, at_once=2), keep_at=9, note=notes.append)]
+    assert_same(found, [*fit(arms_of(task), task, how, keep_at=9)], 0)
+    (note,) = notes
+    assert note.startswith(f"--engine {name} cannot train this model, which is trained without it: ")
+    assert "not this one" in note and "\n" not in note
+
+
 @processes
 def test_a_seeded_search_draws_the_same_masks_every_way(
     make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Callable[..., Any], tmp_path: Path,
@@ -705,7 +625,7 @@ def test_a_seeded_search_draws_the_same_masks_every_way(
     masks = {}
     for way in ("eager", "processes", "stacked", "graph"):
         if way == "graph":
-            request.getfixturevalue("recorded_on_the_cpu")
+            request.getfixturevalue("as_on_cuda")
         recipe = make_recipe({"run.engine": way, "run.arms_at_once": 2})
         run_search(recipe, make_task("normed"), tmp_path / way)
         files = sorted((tmp_path / way / "masks").iterdir())
