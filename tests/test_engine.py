@@ -616,6 +616,32 @@ def test_streamed_batches_that_a_failed_way_took_are_read_again(
     assert "not this one" in note and "\n" not in note
 
 
+class Replacing(nn.Module):
+    """It counts its calls in a buffer that it makes anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(12, 4)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.seen + (1 if self.training else 0)
+        return self.fc1(x) * (1 + self.seen / 100)
+
+
+@pytest.mark.parametrize("way", ["stacked", "compile"])
+def test_a_network_that_replaces_its_buffers_is_trained_eagerly(
+    way: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    """What is put in a buffer's place would be lost, or never be read."""
+    task, how, notes = make_task(Replacing), make_train(), []
+    expected = [*fit(arms_of(task), task, how)]
+    assert_same([*fit(arms_of(task), task, how, way=Way(way, at_once=5), note=notes.append)], expected, 0)
+    assert expected[0][1].final["seen"] == 12
+    (note,) = notes
+    assert note.startswith(f"--engine {way} cannot train this model") and "replaces seen" in note
+
+
 @processes
 def test_a_seeded_search_draws_the_same_masks_every_way(
     make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Callable[..., Any], tmp_path: Path,

@@ -185,6 +185,11 @@ class Examples(Protocol):
         """The same, with these of its named inputs only."""
 
 
+def _sent(block: Tensor, device: torch.device) -> Tensor:
+    """`block` on `device`, without waiting for what the device is still to do."""
+    return block.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else block
+
+
 @dataclass(frozen=True)
 class Split:
     """Examples held in memory, or on the device, as whole tensors."""
@@ -212,7 +217,7 @@ class Split:
 
     def batches(self, order: Order) -> Feed:
         """The batches of a training."""
-        return Feed(((block.to(self.targets.device),) for block in order.indices(len(self))), self.batch)
+        return Feed(((_sent(block, self.targets.device),) for block in order.indices(len(self))), self.batch)
 
     def first(self, size: int) -> Batch:
         """The first `size` examples, or as many as there are."""
@@ -294,7 +299,7 @@ class Data:
         def blocks() -> Iterator[tuple[Tensor, ...]]:
             for block in feed.blocks:
                 drawn = torch.stack([*itertools.islice(draws, len(block[0]))])
-                yield *block, drawn.to(block[0].device)
+                yield *block, _sent(drawn, block[0].device)
 
         def batch(*row: Tensor) -> Batch:
             *rest, draw = row

@@ -7,6 +7,7 @@ import copy
 import itertools
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,17 @@ from ticketfind import TicketfindError, forks
 from ticketfind.batches import Examples, Feed
 from ticketfind.devices import SMALL_MODEL, Way, autocast
 from ticketfind.forks import Tick
-from ticketfind.lanes import Context, Lane, Loss, Member, Stack, State, functional, learning_rate
+from ticketfind.lanes import (
+    Context,
+    Lane,
+    Loss,
+    Member,
+    Stack,
+    State,
+    functional,
+    learning_rate,
+    replaced_buffers,
+)
 from ticketfind.masks import Masks
 from ticketfind.outputs import OutputFn, counted
 from ticketfind.recipe import Train
@@ -173,9 +184,10 @@ class Replayed(Lockstep):
         several = self._filled >= UNROLLED and weights <= SMALL_MODEL * self._losses.shape[1]
         with unchanged(members):
             with _beside(device):  # before a recording libraries must be warm, on another stream than the usual one
-                for _ in range(3):
+                for waits in ("allowed", "allowed", "refused"):
                     self._next.zero_()
-                    self._step()
+                    with _no_waiting() if cuda and waits == "refused" else nullcontext():
+                        self._step()
             pool = torch.cuda.graph_pool_handle() if cuda else None  # both recordings work in the same memory
             self._replays = {steps: self._recorded(steps, pool) for steps in ((UNROLLED, 1) if several else (1,))}
         self._begin_rows(first)
@@ -190,7 +202,10 @@ class Replayed(Lockstep):
         if pool is None:
             return run
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):  # other threads may pin memory meanwhile
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),  # which a recording that fails may leave changed
+            torch.cuda.graph(graph, pool, capture_error_mode="thread_local"),  # other threads may pin memory
+        ):
             run()
         return graph.replay
 
@@ -239,13 +254,27 @@ class Replayed(Lockstep):
 
     def _begin_rows(self, iteration: int) -> None:
         rates = [learning_rate(self._how, iteration + ahead) for ahead in range(self._filled)]
-        self._rates[: self._filled].copy_(torch.tensor(rates))
+        there = torch.tensor(rates, pin_memory=self._rates.device.type == "cuda")
+        self._rates[: self._filled].copy_(there, non_blocking=True)
         self._next.zero_()
         self._done = 0
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Inside, a host that waits for the device is an error: told here, it leaves no recording half done."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it is said to be a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @contextmanager
@@ -328,7 +357,11 @@ def begin(
             if what in known.failed:
                 continue
             try:
-                return kind(make(), fed(), how, first, context)
+                if replaced := replaced_buffers(model, next(iter(feeds()[0]))[0]):
+                    raise TicketfindError(f"it replaces {', '.join(replaced)} rather than change them in place")
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="TensorFloat32")  # fp32 is what was asked for
+                    return kind(make(), fed(), how, first, context)
             except Exception as error:  # vmap, compiler and recording have limits of many kinds
                 known.failed.add(what)
                 note(f"{what} cannot train this model, which is trained without it: {one_line(error)[:200]}")

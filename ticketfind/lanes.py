@@ -3,6 +3,7 @@
 Legend: r arms in a lane; b examples in an arm's batch. Knows tensors, whatever device they are on.
 """
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,16 @@ def put(model: nn.Module, start: State, masks: Masks) -> None:
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer of a network by its name, tied ones once."""
     return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
+
+
+def replaced_buffers(model: nn.Module, inputs: Inputs) -> list[str]:
+    """Names of the buffers that the network replaces when it is called, rather than change them in place."""
+    model = copy.deepcopy(model).train()
+    before = dict(model.named_buffers())
+    with torch.no_grad():
+        call(model, inputs)
+    after = dict(model.named_buffers())
+    return [name for name in before if after.get(name) is not before[name]]
 
 
 def functional(model: nn.Module, loss: OutputFn) -> Loss:
