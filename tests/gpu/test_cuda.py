@@ -514,15 +514,15 @@ def no_waiting() -> Iterator[None]:
 def test_the_host_does_not_wait_between_evaluations(
     way: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
 ) -> None:
-    """Within a block of 256 iterations, whose order has been put on the device."""
+    """Not where the next 256 iterations' order and learning rates are put on the device, either."""
     task = make_task("normed", device=DEVICE)
-    how = make_train(iterations=256, schedule="cosine", warmup=20, clip=1.0, **GENTLE["adam"])
+    how = make_train(iterations=300, schedule="cosine", warmup=20, clip=1.0, **GENTLE["adam"])
     training = begun(WAYS.get(way, EAGER), task, arms_of(task, (0, 0, 0))[: 1 if way == "eager" else 3], how)
     training.advance(1, nothing)  # the first batches are read here
     with pytest.raises(RuntimeError, match="synchroniz"), no_waiting():
         torch.ones(1, device=DEVICE).item()  # it does notice
     with no_waiting():
-        training._train(100, nothing)  # what `advance` does before it fetches the losses
+        training._train(290, nothing)  # what `advance` does before it fetches the losses
     assert all(math.isfinite(float(value.sum())) for state in training.states() for value in state.values())
 
 
