@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ticketfind import TicketfindError, forks
-from ticketfind.batches import Examples, Feed
+from ticketfind.batches import Batch, Examples, Feed
 from ticketfind.devices import SMALL_MODEL, Way, autocast
 from ticketfind.forks import Tick
 from ticketfind.lanes import (
@@ -67,7 +67,12 @@ class Lockstep:
     ) -> None:
         """feeds: of each member. first: the iteration to begin with."""
         self._members, self._how, self._at, self._context = members, how, first, context
-        self._batches = [iter(feed) for feed in feeds]
+        self._feeds = feeds
+        self._batches: list[Iterator[Batch]] = [iter(feed) for feed in feeds]
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What there is to do before the first step."""
 
     def advance(self, iterations: int, tick: Tick) -> list[list[float]]:
         """Train on; each arm's losses, fetched once at the end. tick: told of the iterations of all arms.
@@ -123,19 +128,11 @@ class Lockstep:
 class Rehearsed(Lockstep):
     """The same, where it is not known that the members can be trained: tried when it is made, and undone."""
 
-    def __init__(
-        self,
-        members: Sequence[Member],
-        feeds: Sequence[Feed],
-        how: Train,
-        first: int = 0,
-        context: Context = nullcontext,
-    ) -> None:
-        super().__init__(members, feeds, how, first, context)
+    def _prepare(self) -> None:
         batches = [next(each) for each in self._batches]
         self._batches = [itertools.chain([batch], rest) for batch, rest in zip(batches, self._batches, strict=True)]
-        with unchanged(members):
-            for member, batch in zip(members, batches, strict=True):
+        with unchanged(self._members):
+            for member, batch in zip(self._members, batches, strict=True):
                 member.ready(to_train=True)
                 member.step(batch, 0.0)
 
@@ -160,29 +157,21 @@ class Replayed(Lockstep):
     which the device may run at the same time. Without CUDA the same is done step by step, for tests.
     """
 
-    def __init__(
-        self,
-        members: Sequence[Member],
-        feeds: Sequence[Feed],
-        how: Train,
-        first: int = 0,
-        context: Context = nullcontext,
-    ) -> None:
-        super().__init__(members, feeds, how, first, context)
-        self._batch, self._blocks = [feed.batch for feed in feeds], [feed.blocks for feed in feeds]
+    def _prepare(self) -> None:
+        self._batch, self._blocks = [feed.batch for feed in self._feeds], [feed.blocks for feed in self._feeds]
         self._rows = [[t.clone() for t in next(blocks)] for blocks in self._blocks]
         self._filled, self._done = len(self._rows[0][0]), 0
         device = self._rows[0][0].device
         self._rates = torch.zeros(self._filled, device=device)
-        self._losses = torch.zeros(self._filled, sum(member.arms for member in members), device=device)
+        self._losses = torch.zeros(self._filled, sum(member.arms for member in self._members), device=device)
         self._next = torch.zeros(1, dtype=torch.int64, device=device)
         cuda = device.type == "cuda"
-        self._streams = [_stream(device) for _ in members] if cuda and len(members) > 1 else []
-        for member in members:
+        self._streams = [_stream(device) for _ in self._members] if cuda and len(self._members) > 1 else []
+        for member in self._members:
             member.ready(to_train=True)
-        weights = sum(t.numel() for member in members for t in member.everything())
+        weights = sum(t.numel() for member in self._members for t in member.everything())
         several = self._filled >= UNROLLED and weights <= SMALL_MODEL * self._losses.shape[1]
-        with unchanged(members):
+        with unchanged(self._members):
             with _beside(device):  # before a recording libraries must be warm, on another stream than the usual one
                 for waits in ("allowed", "allowed", "refused"):
                     self._next.zero_()
@@ -190,7 +179,7 @@ class Replayed(Lockstep):
                         self._step()
             pool = torch.cuda.graph_pool_handle() if cuda else None  # both recordings work in the same memory
             self._replays = {steps: self._recorded(steps, pool) for steps in ((UNROLLED, 1) if several else (1,))}
-        self._begin_rows(first)
+        self._begin_rows(self._at)
 
     def _recorded(self, steps: int, pool: Any) -> Callable[[], None]:
         """So many steps as one call."""
