@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
-from ticketfind import TicketfindError, devices, forks, masks, prunable
+from ticketfind import TicketfindError, devices, engine, forks, masks, prunable
 from ticketfind.batches import Batch, Data, Split, map_inputs
 from ticketfind.devices import EAGER, Way
 from ticketfind.outputs import call
@@ -35,6 +35,8 @@ class Case:
     arms: int
     run: Callable[[int], None]
     """Trains so many iterations of every arm."""
+    once: int = 1
+    """Iterations of the shortest training that prepares all that longer ones do (a recording of several steps)."""
     notes: list[str] = field(default_factory=list)
     """Why this cannot be timed, once it has been run: the way cannot train this model."""
 
@@ -81,7 +83,8 @@ def cases(task: Task, how: Train, *, base: Way, ways: Sequence[str], arms: Seque
             for _ in fit(trained, small, length, way=used, note=notes.append):
                 pass
 
-        return Case(name, way, count, run, notes)
+        once = engine.UNROLLED if task.device.type == "cuda" and way != "eager" else 1
+        return Case(name, way, count, run, once, notes)
 
     examples = TensorDataset(inputs.cpu(), split.targets.cpu())
     plain = plain_loop(task, lambda: DataLoader(examples, how.batch_size, shuffle=True), how, kept, base)
@@ -150,13 +153,13 @@ def measure(
 
     Side by side in one run, so that a busy machine is slow for all of them: the ratios of medians are what counts.
     What a training costs once (copies, a recording, a process) is taken off: a block's time is that of many iterations
-    less that of one. tick: told of the blocks done.
+    less that of as few as `Case.once` says. tick: told of the blocks done.
     """
     counts = [_iterations(case, seconds) for case in found]
     timed = [(case, count, list[float]()) for case, count in zip(found, counts, strict=True) if not case.notes]
     for _ in range(blocks):
         for case, count, ms in timed:
-            ms.append(1000 * (_seconds(case, 1 + count) - _seconds(case, 1)) / count / case.arms)
+            ms.append(1000 * (_seconds(case, case.once + count) - _seconds(case, case.once)) / count / case.arms)
             tick(1)
     return [Timing(case, tuple(ms)) for case, _, ms in timed]
 
@@ -171,7 +174,7 @@ def _iterations(case: Case, seconds: float) -> int:
     """Iterations that take about so long, at least three: tried with four times as many each time; warms up, too."""
     count = 1
     while not case.notes:
-        once, took = _seconds(case, 1), _seconds(case, 1 + count)
+        once, took = _seconds(case, case.once), _seconds(case, case.once + count)
         if took - once > max(seconds / 5, once / 2) or took > 4 * seconds:
             return max(3, round(count * seconds / max(took - once, seconds / 20)))
         count *= 4

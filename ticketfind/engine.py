@@ -274,8 +274,12 @@ def _beside(device: torch.device) -> Iterator[None]:
         return
     usual, side = torch.cuda.current_stream(device), _stream(device)
     side.wait_stream(usual)
-    with torch.cuda.stream(side):
-        yield
+    try:
+        with torch.cuda.stream(side):
+            yield
+    except BaseException:
+        torch.cuda.synchronize(device)  # what was begun is over before its memory is used again
+        raise
     usual.wait_stream(side)
 
 
@@ -289,6 +293,8 @@ class _Known:
     failed: set[str]
     """Ways that cannot train it."""
     compiled: dict[OutputFn, Loss]
+    replaced: list[str] | None = None
+    """Buffers that it replaces; None until that is looked at."""
 
 
 _known: "WeakKeyDictionary[nn.Module, _Known]" = WeakKeyDictionary()
@@ -346,8 +352,10 @@ def begin(
             if what in known.failed:
                 continue
             try:
-                if replaced := replaced_buffers(model, next(iter(feeds()[0]))[0]):
-                    raise TicketfindError(f"it replaces {', '.join(replaced)} rather than change them in place")
+                if known.replaced is None:
+                    known.replaced = replaced_buffers(model, next(iter(feeds()[0]))[0])
+                if known.replaced:
+                    raise TicketfindError(f"it replaces {', '.join(known.replaced)} rather than change them in place")
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message="TensorFloat32")  # fp32 is what was asked for
                     return kind(make(), fed(), how, first, context)

@@ -608,7 +608,8 @@ def test_channels_last_changes_the_memory_and_hardly_the_numbers(
     task = make_task(device=DEVICE, **images("conv-2", size=16))
 
     def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.extend(t.is_contiguous(memory_format=torch.channels_last) for t in (args[0], module.weight))
+        if torch.is_grad_enabled():  # a step, not a look at what the network does to its buffers
+            seen.extend(t.is_contiguous(memory_format=torch.channels_last) for t in (args[0], module.weight))
 
     task.model.conv2.register_forward_pre_hook(look)
     how = make_train(iterations=20, eval_every=10, **{**GENTLE["sgd"], "lr": 1e-3})
