@@ -146,7 +146,7 @@ def make_recipe() -> Callable[..., Recipe]:
 @pytest.fixture
 def watch() -> Mock:
     """A `search.Watch` that remembers what it is told."""
-    return Mock(spec_set=["begin", "tick", "round", "note"])
+    return Mock(spec_set=["begin", "tick", "skip", "round", "note"])
 
 
 @pytest.fixture

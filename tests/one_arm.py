@@ -1,11 +1,13 @@
 """One arm's training, step by step, and what tests train on."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from ticketfind import engine
 from ticketfind.batches import Batch, Examples, Feed
 from ticketfind.engine import Lockstep
 from ticketfind.lanes import Lane
@@ -44,10 +46,10 @@ class OneArm:
         self._lane, self._how = Lane(model, start, dict(masks), how, loss), how
         torch.manual_seed(seed)
 
-    def advance(self, batches: Iterable[Batch], first: int, tick: Callable[[int], None]) -> list[float]:
+    def advance(self, batches: Iterable[Batch], first: int) -> list[float]:
         """Train on `batches`, the first of which is iteration `first`; the losses."""
         batches = list(batches)
-        (losses,) = Lockstep([self._lane], [Feed.of(batches)], self._how, first).advance(len(batches), tick)
+        (losses,) = Lockstep([self._lane], [Feed.of(batches)], self._how, first).advance(len(batches))
         return losses
 
     def measure(self, examples: Examples, functions: Sequence[OutputFn], batch_size: int) -> list[float]:
@@ -79,6 +81,18 @@ def random_masks(model: nn.Module, keep: float = 0.3, seed: int = 2) -> dict[str
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """A copy of every parameter and buffer."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def begin_as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[Lockstep]:
+    """Have trainings begin as on a CUDA device, and do step by step what there would be replayed; those begun."""
+    real, begun = engine.begin, []
+
+    def begin(*args: Any, **settings: Any) -> Lockstep:
+        begun.append(real(*args, **{**settings, "device": torch.device("cuda")}))
+        return begun[-1]
+
+    monkeypatch.setattr(engine, "begin", begin)
+    return begun
 
 
 def nothing(_: int) -> None:

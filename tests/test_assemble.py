@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ticketfind import TicketfindError, assemble, masks, models
+from ticketfind.connection import is_disconnected
 from ticketfind.layers import from_layers
 from ticketfind.recipe import RecipeError
-from ticketfind.train import is_disconnected
 
 USER = """
 import torch

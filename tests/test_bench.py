@@ -33,7 +33,7 @@ def test_the_plain_loop_trains_as_a_lane_does(
     run = bench.plain_loop(replace(task, loss=noted), lambda: task.data.train.batches(order), how, kept)
     run(12)
     lane = OneArm(task.model, start, kept, how, cross_entropy, 0)
-    expected = lane.advance(task.data.train.batches(order), 0, lambda n: None)
+    expected = lane.advance(task.data.train.batches(order), 0)
     assert losses == pytest.approx(expected, abs=1e-5)
     assert len(losses) == 12
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ticketfind import TicketfindError, devices, forks
+from ticketfind import TicketfindError, devices, forks, memory
 from ticketfind.devices import Way
 from ticketfind.layers import from_layers
 from ticketfind.nets import NETS
@@ -93,18 +93,20 @@ def test_how_many_arms_at_once(
     way: str, asked: int | None, arms: int, bytes_each: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forks, "cores", lambda: 2)
-    monkeypatch.setattr(devices, "total_memory", lambda device: 200.0)
+    monkeypatch.setattr(memory, "total", lambda device: 200.0)
     assert devices.most_at_once(way, asked, arms, CPU, lambda: bytes_each) == expected
 
 
 @pytest.mark.parametrize(("optimizer", "moments"), [("sgd", 0), ("adam", 2)])
-def test_arm_bytes_are_what_a_step_holds(optimizer: str, moments: int, make_train: Callable[..., Train]) -> None:
+def test_the_memory_that_is_needed_is_what_a_step_holds(
+    optimizer: str, moments: int, make_train: Callable[..., Train]
+) -> None:
     """Weights, gradients, masks, moments; twice what the backward pass keeps, of which no parameter is a part."""
     model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 4))
     batch = torch.randn(16, 12), torch.zeros(16, dtype=torch.int64)
     parameters = 13 * 64 + 65 * 4
     inputs, hidden, scores, targets, weight = 16 * 12 * 4, 16 * 64 * 4, 16 * 4 * 4, 16 * 8, 4  # of the loss: its count
-    found = devices.arm_bytes(model, make_train(optimizer=optimizer), cross_entropy, batch)
+    found = memory.need_of(model, make_train(optimizer=optimizer), cross_entropy, batch).of(16)
     expected = 4 * parameters * (3 + moments) + 2 * (inputs + hidden + scores + targets + weight)
     assert found == pytest.approx(expected, rel=0.02)
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ticketfind import TicketfindError, experiments, masks, results
-from ticketfind import search as searching
+from ticketfind import TicketfindError, contents, experiments, masks, results
 from ticketfind.devices import EAGER, Way
 from ticketfind.experiments import Evaluation, arm_count, difference, evaluate, noisy, verdict
 from ticketfind.recipe import Recipe, Train
@@ -69,7 +68,7 @@ def test_the_tickets_arm_is_the_searchs_round_again(
     """On the run's own seeds every figure comes out the same; the dense arm is round 0."""
     recipe = make_recipe({"prune.rewind": rewind, "run.engine": way})
     rounds = run_search(recipe, make_task(net), tmp_path / "run")
-    tickets = searching.tickets(RunDir(tmp_path / "run"), 2)
+    tickets = contents.tickets(RunDir(tmp_path / "run"), 2)
     found = evaluate(tickets, make_task(net), recipe.train, seeds=[5, 6], way=Way(way, at_once=8))
     assert found.arms["ticket"] == rounds[2].stats
     assert found.remaining == rounds[2].remaining
@@ -87,7 +86,7 @@ def test_a_file_gives_what_the_run_gives(
     """Noise, fresh weights and random masks are drawn alike for a ticket in memory and one that was exported."""
     recipe = make_recipe({"run.replicates": 1})
     run_search(recipe, make_task(), tmp_path / "run")
-    ticket = searching.load(RunDir(tmp_path / "run"), 3, 0)
+    ticket = contents.load(RunDir(tmp_path / "run"), 3, 0)
     ticket.save(tmp_path / "t.safetensors")
     from_run, from_file = (
         evaluate([each], make_task(), recipe.train, seeds=[5, 6], way=EAGER, noise=[1.0])

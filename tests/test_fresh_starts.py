@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from ticketfind import models
+from ticketfind.connection import is_disconnected
 from ticketfind.devices import Way
-from ticketfind.train import Arm, fit, is_disconnected
+from ticketfind.train import Arm, fit
 
 
 class Counting(nn.Module):

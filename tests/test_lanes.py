@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from one_arm import OPTIMIZERS, SCHEDULES, OneArm, nothing, random_batches, random_masks, state_of
+from one_arm import OPTIMIZERS, SCHEDULES, OneArm, random_batches, random_masks, state_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
@@ -72,7 +72,7 @@ def assert_trains_as_plain_pytorch(model: nn.Module, how: Train, moved: str) -> 
         losses.append(loss.item())
 
     lane = OneArm(model, start, masks, how, cross_entropy, seed=0)
-    assert lane.advance(batches, 0, nothing) == pytest.approx(losses, abs=1e-6)
+    assert lane.advance(batches, 0) == pytest.approx(losses, abs=1e-6)
     for name, expected in plain.state_dict().items():
         torch.testing.assert_close(lane.state()[name], expected, rtol=0, atol=1e-6, msg=name)
     assert (lane.state()[moved] - start[moved])[masks[moved]].abs().max() > 3e-3  # the comparison was of something
@@ -159,13 +159,13 @@ def test_a_lane_starts_from_exactly_what_it_is_given(
     """Nothing of the model's previous training is left: weights, statistics, optimizer state."""
     task, how, batches = make_task(net), make_train(momentum=0.9), random_batches(6)
     start, masks = task.start(3), random_masks(task.model)
-    OneArm(task.model, task.start(4), {}, how, cross_entropy, seed=0).advance(batches, 0, nothing)
+    OneArm(task.model, task.start(4), {}, how, cross_entropy, seed=0).advance(batches, 0)
     lane = OneArm(task.model, start, masks, how, cross_entropy, seed=0)
     for name, value in lane.state().items():
         expected = start[name] * masks[name] if name in masks else start[name]
         assert torch.equal(value, expected), name
-    losses = lane.advance(batches, 0, nothing)
-    assert losses == OneArm(make_task(net).model, start, masks, how, cross_entropy, seed=0).advance(batches, 0, nothing)
+    losses = lane.advance(batches, 0)
+    assert losses == OneArm(make_task(net).model, start, masks, how, cross_entropy, seed=0).advance(batches, 0)
 
 
 def test_tied_weights_are_masked_under_all_their_names(
@@ -207,7 +207,7 @@ def test_frozen_and_sometimes_unused_parameters_are_left_alone_as_in_pytorch(
         F.cross_entropy(plain(inputs), targets).backward()
         torchs.step()
     lane = OneArm(model, start, {}, how, cross_entropy, seed=0)
-    lane.advance(batches, 0, nothing)
+    lane.advance(batches, 0)
     for name, expected in plain.state_dict().items():
         torch.testing.assert_close(lane.state()[name], expected, rtol=0, atol=1e-6, msg=name)
     assert torch.equal(lane.state()["frozen.weight"], start["frozen.weight"])
@@ -355,7 +355,6 @@ def test_a_stack_starts_from_exactly_what_it_is_given(
     losses = steps(stack, random_batches(6, 16 * arms), how)
     for tensor, value in zip(stack.everything(), before, strict=True):
         tensor.copy_(value)
-    stack.restart_optimizer()
     assert torch.equal(steps(stack, random_batches(6, 16 * arms), how), losses)
     assert not torch.equal(first[0]["fc1.weight"], stack.states()[0]["fc1.weight"])  # `first` is a copy
 

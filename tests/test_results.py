@@ -120,6 +120,6 @@ def test_the_winner_is_the_sparsest_matching_round(accuracies, winner):
 
 def test_a_round_as_json():
     (dense,) = results.rounds_of(log({0: [(0.9, 1)]}), replicates=1, given_tolerance=None)
-    assert dense.json() == {"round": 0, "remaining": 1.0, "matching": True, **stats(0.9).json()} | {
+    assert dense.json() == {"round": 0, "remaining": 1.0, "matching": True, "failed": {}, **stats(0.9).json()} | {
         "accuracy_end": {"mean": 0.0, "sd": None, "values": (0.0,)}
     }

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from ticketfind import TicketfindError
 from ticketfind.batches import Order, derived_seed
+from ticketfind.connection import is_disconnected
+from ticketfind.course import Failed
 from ticketfind.devices import EAGER
 from ticketfind.outputs import accuracy, cross_entropy
 from ticketfind.recipe import Train
@@ -23,7 +25,6 @@ from ticketfind.train import (
     Point,
     Task,
     fit,
-    is_disconnected,
     measured,
 )
 
@@ -241,7 +242,7 @@ def test_dropout_draws_follow_the_arms_seed_and_leave_the_users_generator_alone(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_validation_loss_that_is_not_finite_names_arm_and_iteration(
+def test_a_validation_loss_that_is_not_finite_ends_the_training(
     make_task: Callable[..., Task], make_train: Callable[..., Train]
 ) -> None:
     """The training itself stays finite; only what is measured does not."""
@@ -251,8 +252,11 @@ def test_a_validation_loss_that_is_not_finite_names_arm_and_iteration(
         return value if len(targets) == 16 else value * math.nan
 
     task = make_task(loss=loss)
-    with pytest.raises(TicketfindError, match=r"^noise=2, seed 1: the loss is not finite at iteration 4;.*now 0\.1"):
-        fit_one(Arm("noise=2, seed 1", task.start(0), {}, 0), task, make_train())
+    failed = fit_one(Arm("noise=2, seed 1", task.start(0), {}, 0), task, make_train())
+    assert isinstance(failed, Failed) and failed.iteration == 4
+    assert failed.reason.startswith(
+        "the loss or metric of an evaluation is not finite at iteration 4; try a lower --lr (now 0.1)"
+    )
 
 
 def test_an_error_that_is_already_ours_is_passed_on(

@@ -11,7 +11,20 @@ from typing import Any
 
 import torch
 
-from ticketfind import TicketfindError, checkpoint, commands, data, devices, forks, masks, models, prunable, trainers
+from ticketfind import (
+    TicketfindError,
+    checkpoint,
+    commands,
+    data,
+    devices,
+    forks,
+    layers,
+    masks,
+    memory,
+    models,
+    prunable,
+    trainers,
+)
 from ticketfind.batches import Data
 from ticketfind.examples import TARGET_KEYS
 from ticketfind.outputs import OutputFn, accuracy, call, cross_entropy, find_class_axis, own_loss, predictions
@@ -64,6 +77,7 @@ def assemble(recipe: Recipe, *, arms: int | None = None) -> tuple[Recipe, Task]:
     )
     if not recipe.train.is_external:
         task = _fitting(recipe, task)
+        task = dataclasses.replace(task, need=_need(recipe, task))
     return dataclasses.replace(resolved, run=_settled(resolved, task, arms or recipe.run.replicates)), task
 
 
@@ -82,9 +96,8 @@ def _settled(recipe: Recipe, task: Task, arms: int) -> Run:
         own=own,
     )
 
-    def arm_bytes() -> int:
-        assert task.data is not None
-        return devices.arm_bytes(task.model, recipe.train, task.loss, task.data.train.first(recipe.train.batch_size))
+    def arm_bytes() -> float:
+        return memory.total(task.device) if task.need is None else task.need.of(recipe.train.batch_size)
 
     by_rule = own and devices.is_faster_with_channels_last(task.model, name, task.device, run.precision)
     return dataclasses.replace(
@@ -93,6 +106,15 @@ def _settled(recipe: Recipe, task: Task, arms: int) -> Run:
         arms_at_once=devices.most_at_once(name, run.arms_at_once, arms, task.device, arm_bytes),
         channels_last=by_rule if run.channels_last is None else run.channels_last,
     )
+
+
+def _need(recipe: Recipe, task: Task) -> memory.Need | None:
+    """The memory that a training takes, tried on few examples; None where that cannot be done with so few."""
+    assert task.data is not None
+    try:
+        return memory.need_of(task.model, recipe.train, task.loss, task.data.example())
+    except Exception:  # it is no more than an estimate
+        return None
 
 
 def _load_data(recipe: Recipe, device: torch.device) -> tuple[Recipe, Data | None]:
@@ -110,7 +132,7 @@ def _load_data(recipe: Recipe, device: torch.device) -> tuple[Recipe, Data | Non
         augment=asked.augment,
         resident=asked.resident,
         workers=min(forks.cores(), 8) if asked.workers is None else asked.workers,
-        memory=devices.total_memory(device) / 3,
+        memory=memory.total(device) / 3,
     )
     return dataclasses.replace(recipe, data=dataclasses.replace(asked, args=args)), found
 
@@ -260,6 +282,36 @@ def model_alone(recipe: Recipe) -> torch.nn.Module:
     weights = _weights(asked.checkpoint, asked.checkpoint_key, model, asked.allow_mismatch).weights
     model.load_state_dict(weights, strict=False)
     return model
+
+
+def of_ticket(
+    own: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    where: Path | None,
+    elsewhere: bool,
+    trusted: bool,
+    arms: int,
+) -> tuple[Recipe, Task]:
+    """The task to train a ticket again: its own recipe, but for the settings.
+
+    where: its file, for messages. elsewhere: on another machine than the search's, perhaps. trusted: whether code that
+    the recipe, and not the user, names is run. Raises TicketfindError where it is not, and as `assemble` does.
+    """
+    given = dict(settings)
+    if "data.spec" in given and not data.takes_args(given["data.spec"]):
+        given.setdefault("data.args", {})
+    if elsewhere:
+        given = {"run.device": "auto", "run.engine": "auto", **given}
+    recipe = layers.from_layers(own, where=str(where or "recipe"))
+    asked = layers.from_layers(for_ticket(recipe).plain(), layers.nested(given))
+    named = [f"{key}: {spec}" for key, spec in asked.code_specs(score=False).items() if key not in given]
+    if named and not trusted:
+        raise TicketfindError(
+            f"{where}: names code ({', '.join(named)}), which is not run from a file alone;"
+            " give them yourself (--model, --data, --set KEY=SPEC), or --trust where you know the file"
+        )
+    return assemble(asked, arms=arms)
 
 
 def for_ticket(recipe: Recipe) -> Recipe:

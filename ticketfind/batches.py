@@ -32,12 +32,15 @@ def derived_seed(seed: int, *purpose: str | int) -> int:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, what is drawn from torch's, numpy's and Python's generators follows from `seed`; outside, no change."""
+def seeded(seed: int, devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Inside, what is drawn from torch's, numpy's and Python's generators follows from `seed`; outside, no change.
+
+    devices: whose generators are changed inside, and put back after it.
+    """
     import numpy
 
     before = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=devices):
         seed_all(seed)
         try:
             yield
@@ -47,7 +50,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def seed_all(seed: int) -> None:
-    """Start torch's, numpy's and Python's generators from `seed`."""
+    """Start torch's, numpy's and Python's generators from `seed`; those of devices are left alone."""
     import numpy
 
     torch.default_generator.manual_seed(seed)
@@ -206,6 +209,14 @@ class Split:
     def classes(self) -> int | None:
         """The highest label + 1; None where the targets are no labels."""
         return None if self.targets.is_floating_point() else int(self.targets.max()) + 1
+
+    @property
+    def most_frequent(self) -> float | None:
+        """The share of the most frequent label; None where the targets are no labels, one for each example."""
+        if self.targets.is_floating_point() or self.targets.ndim != 1:
+            return None
+        _, counts = torch.unique(self.targets, return_counts=True)
+        return float(counts.max()) / len(self.targets)
 
     def batch(self, indices: Tensor) -> Batch:
         """The examples at `indices` [b] (on the split's device)."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ticketfind.rundir import RunDir
     from ticketfind.terminal import Screen
     from ticketfind.ticket import Ticket
+    from ticketfind.verify import Check
 
 app = typer.Typer(
     name="ticketfind",
@@ -71,7 +72,7 @@ def search(
 
 def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") -> None:
     began = time.monotonic()
-    from ticketfind import assemble, rundir, terminal, views
+    from ticketfind import assemble, contents, rundir, terminal, views
     from ticketfind import search as searching
 
     recipe, task = assemble.assemble(asked)
@@ -79,8 +80,8 @@ def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") 
     if dry_run:
         return views.show_plan(screen, recipe, plan)
     run = rundir.claim(recipe, out)
-    rounds = searching.finished_rounds(run, recipe)
-    if run.is_finished and len(rounds) == plan.measured:
+    rounds = contents.finished_rounds(run, recipe)
+    if run.is_finished and rounds:
         screen.message(f"{run.path}: this search is finished; its result:")
         views.show_rounds(screen, rounds)
     else:
@@ -100,7 +101,7 @@ def _resumable(run: "RunDir", screen: "Screen") -> Iterator[None]:
         with signals.training():
             yield
     except signals.Stopped as stop:
-        screen.message(f"stopped; finished trainings are kept in {run.path}; the same command goes on from there")
+        screen.message(f"stopped; what is done is kept in {run.path}, and the same command goes on from there")
         sys.exit(stop.exit_code)
 
 
@@ -125,32 +126,23 @@ def evaluate(
     A ticket file is enough: its recipe is inside it.
     """
     began = time.monotonic()
-    from ticketfind import assemble, devices, experiments, files, layers, terminal, views
-    from ticketfind import search as searching
-    from ticketfind.data import takes_args
+    from ticketfind import assemble, contents, devices, experiments, files, terminal, views
     from ticketfind.ticket import load_ticket
 
     screen = terminal.Screen(as_json=as_json, quiet=quiet)
     run = _run_at(target)
-    tickets = [load_ticket(str(target))] if run is None else searching.tickets(run, round)
+    tickets = [load_ticket(str(target))] if run is None else contents.tickets(run, round)
     if run is None and round is not None:
         raise typer.BadParameter("--round is for a run; a ticket file is one ticket")
     if run is not None and trials is not None:
         raise typer.BadParameter("--trials is for a ticket file; a run has its replicates")
     count = len(tickets) if run is not None else trials or 5
     seed = settings.pop("run.seed", None)  # of the trials; the recipe's own decides which examples are held out
-    given = settings
-    if "data.spec" in given and not takes_args(given["data.spec"]):
-        given.setdefault("data.args", {})
-    if run is None:  # another machine, perhaps
-        given = {"run.device": "auto", "run.engine": "auto", **given}
-    own = layers.from_layers(tickets[0].about.recipe, where=str(target or "recipe"))
-    asked = layers.from_layers(assemble.for_ticket(own).plain(), layers.nested(given))
-    if run is None and not trust:
-        _refuse_code(asked, given, target)
     levels = sorted(set(noise or []))
     arms = experiments.arm_count(count, levels)
-    resolved, task = assemble.assemble(asked, arms=arms)
+    trusted = trust or run is not None
+    own = tickets[0].about.recipe
+    resolved, task = assemble.of_ticket(own, settings, where=target, elsewhere=run is None, trusted=trusted, arms=arms)
     first = resolved.run.seed if seed is None else seed
     with (
         signals.training(),
@@ -173,16 +165,6 @@ def evaluate(
     views.show_evaluation(screen, found, described)
     if run is not None:
         files.write_text(run.new_eval_file(tickets[0].about.round), terminal.dump(described))
-
-
-def _refuse_code(asked: "Recipe", given: dict[str, Any], target: Path | None) -> None:
-    """Raise TicketfindError where a ticket file, rather than the user, names code to run."""
-    named = [f"{key}: {spec}" for key, spec in asked.code_specs(score=False).items() if key not in given]
-    if named:
-        raise TicketfindError(
-            f"{target}: names code ({', '.join(named)}), which is not run from a file alone;"
-            " give them yourself (--model, --data, --set KEY=SPEC), or --trust where you know the file"
-        )
 
 
 # ------------------------------------------------------------------------------------------------ export
@@ -235,6 +217,59 @@ def diff(
     views.show_difference(screen, found)
     if exit_code and not (found.same_masks and found.same_init):
         raise typer.Exit(1)
+
+
+# ------------------------------------------------------------------------------------------------ verify
+
+
+@app.command()
+@options.for_recipe("model", "model_arg", "data", "data_arg", "device")
+def verify(
+    *,
+    target: options.TicketOrRun = None,
+    retrain: options.Retrain = False,
+    settings: options.Settings,
+    trust: options.Trust = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Check that a ticket file or a run is what it says it is; exit with 1 where it is not.
+
+    Of a file: that its contents are as they were written. Of a run: masks, counts and rewinding in every round. With
+    --retrain the ticket is trained once more from the file alone, and must reach the accuracy that it claims.
+    """
+    began = time.monotonic()
+    from ticketfind import terminal, views
+    from ticketfind import verify as checks
+
+    screen = terminal.Screen(as_json=as_json, quiet=quiet)
+    run = _run_at(target)
+    file = target if run is None else run.ticket_file
+    assert file is not None
+    found = checks.of_ticket(file) if run is None else checks.of_run(run)
+    if retrain and all(check.passed is not False for check in found):
+        found.append(_retrained(file, settings, trust or run is not None, screen))
+    views.show_checks(screen, str(target or file.parent), found, time.monotonic() - began)
+    if any(check.passed is False for check in found):
+        raise typer.Exit(1)
+
+
+def _retrained(file: Path, settings: dict[str, Any], trust: bool, screen: "Screen") -> "Check":
+    from ticketfind import assemble, experiments, terminal
+    from ticketfind import verify as checks
+    from ticketfind.ticket import load_ticket
+
+    ticket = load_ticket(file)
+    recipe, task = assemble.of_ticket(ticket.about.recipe, settings, where=file, elsewhere=True, trusted=trust, arms=1)
+    with (
+        signals.training(),
+        terminal.Progress(screen, "training", signals.heed) as progress,
+        tempfile.TemporaryDirectory(prefix="ticketfind-") as folder,
+    ):
+        progress.begin(int(recipe.train.iterations) - ticket.about.iteration, 0)
+        return checks.of_retraining(
+            experiments.retrain(ticket, task, recipe.train, tick=progress.tick, folder=Path(folder))
+        )
 
 
 # ----------------------------------------------------------------------------------------------- inspect
@@ -352,14 +387,14 @@ def _run_at(path: Path | None) -> "RunDir | None":
 
 def _ticket_at(path: Path | None, round: int | None, replicate: int | None) -> "tuple[Ticket, str]":
     """The ticket in a file or of a run, and a name for what is made of it."""
-    from ticketfind import search as searching
+    from ticketfind import contents
     from ticketfind.ticket import load_ticket
 
     run = _run_at(path)
     if run is not None:
-        chosen = searching.chosen(run, round)
+        chosen = contents.chosen(run, round)
         which = chosen.replicate if replicate is None else replicate
-        return searching.load(run, chosen.round, which), run.path.name
+        return contents.load(run, chosen.round, which), run.path.name
     assert path is not None
     if round is not None or replicate is not None:
         raise TicketfindError(f"{path}: is one ticket; --round and --replicate are for run directories")

@@ -1,21 +1,16 @@
 """What a device has and does well: its memory, its precisions, which way of training several arms pays on it."""
 
-import copy
 import functools
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ticketfind import TicketfindError, forks
-from ticketfind.batches import Batch
+from ticketfind import TicketfindError, forks, memory
 from ticketfind.lanes import Context
-from ticketfind.outputs import OutputFn, call
-from ticketfind.recipe import Run, Train
+from ticketfind.recipe import Run
 
 SMALL_MODEL = 1_000_000
 """Parameters up to which one core is enough for a training step (docs/performance.md has the measurement)."""
@@ -48,15 +43,6 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-def total_memory(device: torch.device) -> float:
-    """Bytes of memory that the device and this machine have, the smaller of the two; a container's limit counts."""
-    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if hasattr(os, "sysconf") else 2.0**33
-    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        with suppress(OSError, ValueError):  # no such file, or "max"
-            memory = min(memory, float(limit.read_text()))
-    return min(memory, torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else memory
 
 
 # ------------------------------------------------------------------------------------------ choosing a way
@@ -152,7 +138,7 @@ def most_at_once(
     asked: int | None,
     arms: int,
     device: torch.device,
-    arm_bytes: Callable[[], int],
+    arm_bytes: Callable[[], float],
 ) -> int:
     """How many of `arms` trainings are in memory together: as many as asked for, or as fit into half of the memory.
 
@@ -162,30 +148,7 @@ def most_at_once(
         return min(arms, asked or PROCESSES_PER_CORE * forks.cores())
     if way not in ("stacked", "graph") or arms == 1:
         return 1
-    return min(arms, asked or max(1, int(total_memory(device) / 2 / arm_bytes())))
-
-
-def arm_bytes(model: nn.Module, how: Train, loss: OutputFn, batch: Batch) -> int:
-    """Bytes that the training of one arm takes: weights, gradients, moments, masks, and what a backward pass needs.
-
-    The last is measured on `batch`.
-    """
-    model = copy.deepcopy(model).train()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        value = loss(call(model, batch[0]), batch[1])
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    moments = 2 if how.optimizer != "sgd" else int(how.momentum > 0)
-    del value
-    return weights * (3 + moments) + 2 * sum(saved.values())
+    return min(arms, asked or max(1, int(memory.total(device) / 2 / arm_bytes())))
 
 
 # ---------------------------------------------------------------------------------------------- precision

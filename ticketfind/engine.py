@@ -6,7 +6,6 @@ This and `devices` are all that knows about devices. Knows no epochs, rounds, fi
 import copy
 import itertools
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,8 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ticketfind import TicketfindError, forks
-from ticketfind.batches import Batch, Examples, Feed
+from ticketfind import TicketfindError, forks, memory
+from ticketfind.batches import Batch, Examples, Feed, seed_all
 from ticketfind.devices import SMALL_MODEL, Way, autocast
 from ticketfind.forks import Tick
 from ticketfind.lanes import (
@@ -41,14 +40,6 @@ T = TypeVar("T")
 
 UNROLLED = 8
 """Steps of a small model in one CUDA graph."""
-
-
-class Diverged(TicketfindError):
-    """The loss of an arm is no longer a finite number."""
-
-    def __init__(self, iteration: int, arm: int) -> None:
-        super().__init__(iteration, arm)
-        self.iteration, self.arm = iteration, arm
 
 
 # --------------------------------------------------------------------------------------- arms in lockstep
@@ -74,36 +65,35 @@ class Lockstep:
     def _prepare(self) -> None:
         """What there is to do before the first step."""
 
-    def advance(self, iterations: int, tick: Tick) -> list[list[float]]:
-        """Train on; each arm's losses, fetched once at the end. tick: told of the iterations of all arms.
-
-        Raises Diverged at the first loss that is not finite.
-        """
+    def advance(self, iterations: int) -> list[list[float]]:
+        """Train on; each arm's losses, fetched once at the end."""
         for member in self._members:
             member.ready(to_train=True)
-        losses = self._train(iterations, tick).tolist()
-        first = self._at
+        losses = self._train(iterations).tolist()
         self._at += iterations
-        for offset, of_arms in enumerate(losses):
-            for arm, loss in enumerate(of_arms):
-                if not math.isfinite(loss):
-                    raise Diverged(first + offset, arm)
         return [list(of_arm) for of_arm in zip(*losses, strict=True)]
 
-    def _train(self, iterations: int, tick: Tick) -> Tensor:
+    def _train(self, iterations: int) -> Tensor:
         """The losses, [iterations, arms]."""
-        of_members = []
-        for member, batches in zip(self._members, self._batches, strict=True):
-            losses = []
-            for iteration, batch in enumerate(itertools.islice(batches, iterations), self._at):
-                losses.append(member.step(batch, learning_rate(self._how, iteration)))
-                tick(member.arms)
-            of_members.append(torch.stack(losses))
-        return torch.cat(of_members, dim=1)
+        losses = []
+        for iteration in range(self._at, self._at + iterations):
+            rate = learning_rate(self._how, iteration)
+            of_members = zip(self._members, self._batches, strict=True)
+            losses.append(torch.cat([member.step(next(batches), rate) for member, batches in of_members]))
+        return torch.stack(losses)
 
     @torch.no_grad()
-    def measure(self, examples: Examples, functions: Sequence[OutputFn], batch_size: int) -> Tensor:
-        """The mean of each function over all examples, in evaluation mode: float64 [arms, functions], on the device."""
+    def measure(
+        self,
+        examples: Examples,
+        functions: Sequence[OutputFn],
+        batch_size: int,
+        between: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """The mean of each function over all examples, in evaluation mode: float64 [arms, functions], on the device.
+
+        between: called between batches.
+        """
         sums = weight = torch.zeros((), dtype=torch.float64)
         for member in self._members:
             member.ready(to_train=False)
@@ -118,11 +108,16 @@ class Lockstep:
             values = torch.stack(means)
             sums = sums.to(values.device) + torch.where(here > 0, here * values, 0.0)  # the mean of none is NaN
             weight = weight.to(values.device) + here
+            between()
         return sums / weight
 
     def states(self) -> list[dict[str, Tensor]]:
         """A copy of every parameter and buffer of each arm."""
         return [state for member in self._members for state in member.states()]
+
+    def everything(self) -> list[Tensor]:
+        """Every tensor that training changes, in an order of the members' own."""
+        return [tensor for member in self._members for tensor in member.everything()]
 
 
 class Rehearsed(Lockstep):
@@ -131,21 +126,20 @@ class Rehearsed(Lockstep):
     def _prepare(self) -> None:
         batches = [next(each) for each in self._batches]
         self._batches = [itertools.chain([batch], rest) for batch, rest in zip(batches, self._batches, strict=True)]
-        with unchanged(self._members):
+        with unchanged(self.everything):
             for member, batch in zip(self._members, batches, strict=True):
                 member.ready(to_train=True)
                 member.step(batch, 0.0)
 
 
 @contextmanager
-def unchanged(members: Sequence[Member]) -> Iterator[None]:
-    """What steps inside do to members is undone."""
-    before = [[t.clone() for t in member.everything()] for member in members]
+@torch.no_grad()
+def unchanged(tensors: Callable[[], Sequence[Tensor]]) -> Iterator[None]:
+    """What is done inside to these tensors is undone."""
+    before = [tensor.clone() for tensor in tensors()]
     yield
-    for member, kept in zip(members, before, strict=True):
-        for tensor, value in zip(member.everything(), kept, strict=True):
-            tensor.copy_(value)
-        member.restart_optimizer()
+    for tensor, value in zip(tensors(), before, strict=True):
+        tensor.copy_(value)
 
 
 class Replayed(Lockstep):
@@ -169,9 +163,9 @@ class Replayed(Lockstep):
         self._streams = [_stream(device) for _ in self._members] if cuda and len(self._members) > 1 else []
         for member in self._members:
             member.ready(to_train=True)
-        weights = sum(t.numel() for member in self._members for t in member.everything())
-        several = self._filled >= UNROLLED and weights <= SMALL_MODEL * self._losses.shape[1]
-        with unchanged(self._members):
+        changed = sum(t.numel() for t in self.everything())  # the weights, and up to two moments of each
+        several = self._filled >= UNROLLED and changed <= 3 * SMALL_MODEL * self._losses.shape[1]
+        with unchanged(self.everything):
             with _beside(device):  # before a recording libraries must be warm, on another stream than the usual one
                 for waits in ("allowed", "allowed", "refused"):
                     self._next.zero_()
@@ -218,7 +212,7 @@ class Replayed(Lockstep):
         stream.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(stream)
 
-    def _train(self, iterations: int, tick: Tick) -> Tensor:
+    def _train(self, iterations: int) -> Tensor:
         found, at, stop = [], self._at, self._at + iterations
         while at < stop:
             if self._done == self._filled:
@@ -228,7 +222,6 @@ class Replayed(Lockstep):
                 while end - self._done >= steps:
                     replay()
                     self._done += steps
-                    tick(steps * self._losses.shape[1])
             found.append(self._losses[begin:end].clone())
             at += end - begin
         return torch.cat(found)
@@ -360,11 +353,14 @@ def begin(
                     warnings.filterwarnings("ignore", message="TensorFloat32")  # fp32 is what was asked for
                     return kind(make(), fed(), how, first, context)
             except Exception as error:  # vmap, compiler and recording have limits of many kinds
+                if memory.has_run_out(error):
+                    raise
                 known.failed.add(what)
                 note(f"{what} cannot train this model, which is trained without it: {one_line(error)[:200]}")
         return Lockstep(lanes(), feeds(), how, first, context)
     finally:
-        torch.manual_seed(seed)
+        seed_all(seed)
+        torch.manual_seed(seed)  # of devices too
 
 
 def each(way: Way, count: int, train: Callable[[int, Tick], T], tick: Tick) -> Iterator[T]:

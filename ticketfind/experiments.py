@@ -10,12 +10,13 @@ import torch
 
 from ticketfind import TicketfindError, masks, results
 from ticketfind.batches import derived_seed
+from ticketfind.course import Failed
 from ticketfind.devices import EAGER, Way
 from ticketfind.forks import Tick
 from ticketfind.recipe import Train
 from ticketfind.results import Stats
 from ticketfind.ticket import Ticket
-from ticketfind.train import Arm, State, Task, fit
+from ticketfind.train import Arm, State, Task, check_memory, fit
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,25 @@ def evaluate(
     """
     tickets = [*tickets] if len(tickets) > 1 else [*tickets] * len(seeds)
     arms, notes = _arms(tickets, task, how, seeds, noise)
+    check_memory(task, how, way, len(arms))
     measured: dict[str, list[results.Measured]] = {}
     test_size = None
     trainings = fit([arm for _, arm in arms], task, how, way=way, tick=tick, note=notes.append, folder=folder)
     with closing(trainings) as trained:
-        for (kind, _), (_, outcome) in zip(arms, trained, strict=True):
+        for (kind, _), (arm, outcome) in zip(arms, trained, strict=True):
+            if isinstance(outcome, Failed):
+                notes.append(f"{arm.name}: {outcome.reason}; it is left out")
+                continue
             measured.setdefault(kind, []).append(outcome.measured)
             test_size = outcome.test_size
             for file in folder.rglob("*.safetensors") if folder else ():
                 file.unlink()  # a program's weights, which have been read: those of all arms may fill a disk
     stats = {name: Stats.of(found) for name, found in measured.items()}
+    if "ticket" not in stats:
+        raise TicketfindError(f"every training of the ticket failed; the last: {notes[-1]}")
+    if task.chance is not None and how.metric is None:
+        low = [name for name, found in stats.items() if results.is_chance(found, task.chance, test_size)]
+        notes += [f"{name} is at chance level ({task.chance:.1%}): nothing was learned" for name in low]
     return Evaluation(
         remaining=tickets[0].remaining,
         arms=stats,
@@ -80,14 +90,8 @@ def _arms(
     tickets: Sequence[Ticket], task: Task, how: Train, seeds: Sequence[int], noise: Sequence[float]
 ) -> tuple[list[tuple[str, Arm]], list[str]]:
     """The arms, each with its kind (a key of `Evaluation.arms`), and notes on those left out."""
-    tickets[0].check_fits(task.model)
-    iterations = int(how.iterations)
     for ticket in tickets:
-        if not 0 <= ticket.about.iteration < iterations and not how.is_external:
-            raise TicketfindError(
-                f"ticket metadata iteration: expected 0 to {iterations - 1}, before the training's end,"
-                f" found {ticket.about.iteration}"
-            )
+        _check(ticket, task, how)
     notes = []
     fresh = _why_no_original(tickets[0])
     original = not (fresh and tickets[0].from_checkpoint)
@@ -156,6 +160,73 @@ def noisy(ticket: Ticket, level: float, seed: int) -> State:
             raise TicketfindError(f"ticket metadata sigma: expected a number for {name}, found {sigma!r}")
         state[name] = state[name] + (level * sigma * draw).to(state[name].dtype)
     return state
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """A ticket trained once more, as the search had trained it, beside what the search claims."""
+
+    accuracy: float
+    """At early stop, a fraction."""
+    claimed: results.Spread
+    """That of the search's replicates."""
+    low: float
+    high: float
+    """Where one more training is to be expected, with 95 %."""
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the claim holds."""
+        return self.low <= self.accuracy <= self.high
+
+
+def retrain(
+    ticket: Ticket, task: Task, how: Train, *, tick: Tick = lambda n: None, folder: Path | None = None
+) -> Retraining:
+    """Train `ticket` with the seed that the search had for it, and compare with the accuracy that it claims.
+
+    The interval is that of one further observation beside n (Student): mean ± t * sd * sqrt(1 + 1/n); with one, or
+    without any spread, that of a proportion over the test set; one test example at the least.
+    Raises TicketfindError where the ticket claims nothing, does not fit the task's model, or fails to train.
+    """
+    claimed = _claimed(ticket)
+    arm = Arm(
+        "the ticket", ticket.init, ticket.masks, ticket.first_seed, ticket.about.iteration, ticket.about.round,
+        ticket.about.replicate,
+    )  # fmt: skip
+    _check(ticket, task, how)
+    ((_, outcome),) = fit([arm], task, how, tick=tick, folder=folder)
+    if isinstance(outcome, Failed):
+        raise TicketfindError(f"the ticket failed to train: {outcome.reason}")
+    least = 1 / outcome.test_size if outcome.test_size else 1e-6
+    n, p = len(claimed.values), min(max(claimed.mean, 0.0), 1.0)
+    if claimed.sd:
+        width = _T_975[min(n - 1, len(_T_975)) - 1] * claimed.sd * math.sqrt(1 + 1 / n)
+    else:
+        width = 1.96 * math.sqrt(p * (1 - p) * least)
+    width = max(width, least) + 1e-9
+    accuracy = outcome.measured.accuracy_early
+    return Retraining(accuracy, claimed, claimed.mean - width, claimed.mean + width)
+
+
+def _claimed(ticket: Ticket) -> results.Spread:
+    claims = ticket.about.claims.get("ticket")
+    early = claims.get("accuracy_early") if isinstance(claims, dict) else None
+    values = early.get("values") if isinstance(early, dict) else None
+    if not isinstance(values, list) or not values or not all(isinstance(v, float) for v in values):
+        raise TicketfindError("ticket metadata claims: expected the accuracies that the search measured, found none")
+    return results.Spread.of(values)
+
+
+def _check(ticket: Ticket, task: Task, how: Train) -> None:
+    """Raise TicketfindError unless the ticket is of the task's network, and begins before the training's end."""
+    ticket.check_fits(task.model)
+    iterations = int(how.iterations)
+    if not 0 <= ticket.about.iteration < iterations and not how.is_external:
+        raise TicketfindError(
+            f"ticket metadata iteration: expected 0 to {iterations - 1}, before the training's end,"
+            f" found {ticket.about.iteration}"
+        )
 
 
 CONTROLS = ("reinit", "random")

@@ -52,3 +52,14 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` so that `path` is whole or absent."""
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What a program that was killed has left half written in `folder`, or one that runs is writing."""
+    return [path for pattern in (".*.tmp", ".tmp*") for path in folder.glob(pattern)]  # ours, and those of safetensors
+
+
+def sweep(folder: Path) -> None:
+    """Remove what is half written in `folder`; nobody must be writing there."""
+    for path in leftovers(folder):
+        path.unlink(missing_ok=True)

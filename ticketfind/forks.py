@@ -1,5 +1,6 @@
 """Trainings side by side, each in a forked process with one thread. Linux; CPU only."""
 
+import ctypes
 import multiprocessing
 import os
 import pickle
@@ -7,7 +8,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
@@ -17,7 +18,10 @@ from ticketfind import TicketfindError
 
 T = TypeVar("T")
 Tick = Callable[[int], None]
-"""Called with the number of iterations done since the last call."""
+"""Called with the number of iterations done since the last call; may raise, to end the training where it is."""
+
+PATIENCE = 30.0
+"""Seconds that a process has to finish its iteration, and to keep what it has done, before it is killed."""
 
 
 def cores() -> int:
@@ -59,10 +63,8 @@ def side_by_side(count: int, at_once: int, train: Callable[[int, Tick], T], tick
                     kind, value = pickle.loads(connection.recv_bytes())
                 except (EOFError, OSError):  # OSError: killed in the middle of a message
                     process.join()
-                    raise TicketfindError(
-                        f"a training process was killed (exit code {process.exitcode});"
-                        " where memory ran short, use --engine eager"
-                    ) from None
+                    tick(0)  # a signal to all processes has reached this one too
+                    raise TicketfindError(_lost(process.exitcode, at_once)) from None
                 if kind == "tick":
                     tick(value)
                     continue
@@ -76,25 +78,56 @@ def side_by_side(count: int, at_once: int, train: Callable[[int, Tick], T], tick
                 yield done.pop(delivered)
                 delivered += 1
     finally:
-        for connection, (_, process) in running.items():
+        for connection in running:
+            connection.close()  # who waits to send something sees it
+        _end([process for _, process in running.values()])
+
+
+def _lost(exit_code: int | None, at_once: int) -> str:
+    if exit_code != -signal.SIGKILL:
+        return f"a training process ended before its training did (exit code {exit_code})"
+    less = f"--arms-at-once {at_once // 2} trains fewer side by side" if at_once > 1 else "try a smaller --batch-size"
+    return f"a training process was killed, as the system does where memory runs short; {less}"
+
+
+def _end(processes: Sequence[multiprocessing.context.ForkProcess]) -> None:
+    """Have them stop between two iterations, where what they do is kept; those that take too long are killed."""
+    try:
+        for process in processes:
+            process.terminate()
+        deadline = time.monotonic() + PATIENCE
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+    finally:
+        for process in processes:
             process.kill()
             process.join()
-            connection.close()
+
+
+class _Asked(BaseException):
+    """The parent wants the training to stop."""
 
 
 def _child(sending: Connection, train: Callable[[int, Tick], T], index: int, parent: int) -> None:
+    _die_with(parent)
+    asked = False
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        asked = True
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, ask)
     torch.set_num_threads(1)
     pending, last = 0, time.monotonic()
 
     def tick(iterations: int) -> None:
         nonlocal pending, last
+        if asked:
+            raise _Asked
         pending += iterations
         now = time.monotonic()
         if now - last > 0.1:
-            if os.getppid() != parent:
-                os._exit(1)
             sending.send_bytes(pickle.dumps(("tick", pending)))
             pending, last = 0, now
 
@@ -102,8 +135,20 @@ def _child(sending: Connection, train: Callable[[int, Tick], T], index: int, par
         result = train(index, tick)
         sending.send_bytes(pickle.dumps(("tick", pending)))
         sending.send_bytes(pickle.dumps(("done", result)))
+    except _Asked:
+        pass
+    except BrokenPipeError:  # nobody waits for it any more
+        pass
     except BaseException as error:
         try:
             sending.send_bytes(pickle.dumps(("error", error)))
         except Exception:
             sending.send_bytes(pickle.dumps(("error", RuntimeError(f"{type(error).__name__}: {error}"))))
+
+
+def _die_with(parent: int) -> None:
+    """End this process when its parent does, however that ends: nothing is left at work on a run's files."""
+    die_by = 1  # PR_SET_PDEATHSIG, linux/prctl.h
+    ctypes.CDLL(None).prctl(die_by, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

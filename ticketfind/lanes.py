@@ -95,10 +95,7 @@ class Member(Protocol):
         """A copy of every parameter and buffer of each arm."""
 
     def everything(self) -> list[Tensor]:
-        """Every tensor that a step changes but for the optimizer's."""
-
-    def restart_optimizer(self) -> None:
-        """Forget the steps done."""
+        """Every tensor that a step changes: weights, buffers, and the optimizer's own."""
 
 
 class Lane:
@@ -151,10 +148,7 @@ class Lane:
         return [_state(self._model)]
 
     def everything(self) -> list[Tensor]:
-        return [t.detach() for t in self._tensors.values()]
-
-    def restart_optimizer(self) -> None:
-        self._update.restart()
+        return [*tensors(self._model).values(), *self._update.everything()]
 
     def _laid_out(self, inputs: Inputs) -> Inputs:
         if self._format is torch.contiguous_format:
@@ -217,10 +211,7 @@ class Stack:
         return _state(self._model)
 
     def everything(self) -> list[Tensor]:
-        return [t.detach() for t in self._tensors.values()]
-
-    def restart_optimizer(self) -> None:
-        self._update.restart()
+        return [*(t.detach() for t in self._tensors.values()), *self._update.everything()]
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -273,8 +264,9 @@ class _Update:
         if self._to_mask[0]:
             torch._foreach_mul_(*self._to_mask)  # type: ignore[arg-type]
 
-    def restart(self) -> None:
-        self._optimizer.restart()
+    def everything(self) -> list[Tensor]:
+        """The optimizer's tensors; its weights are the network's."""
+        return self._optimizer.everything()
 
     def _own(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients in their weights' memory layout, as ``backward`` leaves them: the fused updates rely on it."""
@@ -303,40 +295,38 @@ class _Optimizer:
     """
 
     def __init__(self, parameters: Sequence[Tensor], keep: Sequence[Tensor | None], how: Train) -> None:
-        self._parameters, self._keep, self._how = parameters, keep, how
+        self._parameters, self._how = parameters, how
         self._adaptive = how.optimizer != "sgd"
         self.holds_pruned = self._adaptive and all(_divides_by_infinity(p.device, p.dtype) for p in parameters)
         self._first = [torch.zeros_like(p) for p in parameters] if self._adaptive or how.momentum else []
         self._second = [torch.zeros_like(p) for p in parameters] if self._adaptive else []
-        # one count of steps for all, until a parameter goes without a gradient
-        self._steps = [torch.zeros((), device=parameters[0].device)] * len(parameters) if self._adaptive else []
+        self._count = torch.zeros(len(parameters) if self._adaptive else 0, device=parameters[0].device)
+        self._steps = [*self._count]
         dtypes = dict.fromkeys(p.dtype for p in parameters)
         self._groups = [[i for i, p in enumerate(parameters) if p.dtype == dtype] for dtype in dtypes]
-        self.restart()
-
-    def restart(self) -> None:
-        """To where no step is done."""
-        for tensor in (*self._first, *self._second, *self._steps):
-            tensor.zero_()
         if self.holds_pruned:
-            for second, keep in zip(self._second, self._keep, strict=True):
-                if keep is not None:
-                    second.masked_fill_(keep == 0, math.inf)
+            for second, kept in zip(self._second, keep, strict=True):
+                if kept is not None:
+                    second.masked_fill_(kept == 0, math.inf)
+
+    def everything(self) -> list[Tensor]:
+        """Moments and counts of steps."""
+        return [*self._first, *self._second, self._count]
 
     def step(self, grads: Sequence[Tensor | None], lr: float | Tensor) -> None:
         if self._adaptive:
-            self._count(grads)
+            self._count_step(grads)
         for group in self._groups:
             live = [i for i in group if grads[i] is not None]
             self._kernel(live, [g for i in live if (g := grads[i]) is not None], lr)
 
-    def _count(self, grads: Sequence[Tensor | None]) -> None:
-        if any(grad is None for grad in grads) and len({*map(id, self._steps)}) == 1:
-            self._steps = [step.clone() for step in self._steps]
-        for step in {
-            id(step): step for step, grad in zip(self._steps, grads, strict=True) if grad is not None
-        }.values():
-            step += 1
+    def _count_step(self, grads: Sequence[Tensor | None]) -> None:
+        if all(grad is not None for grad in grads):
+            self._count += 1
+        else:
+            for step, grad in zip(self._steps, grads, strict=True):
+                if grad is not None:
+                    step += 1
 
     def _kernel(self, live: Sequence[int], grads: list[Tensor], lr: float | Tensor) -> None:
         def pick(values: Sequence[Tensor]) -> list[Tensor]:

@@ -5,7 +5,7 @@ A layer is a nested dict; every fault of the layers is reported at once.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,15 +164,15 @@ def nested(settings: Mapping[str, Any]) -> Layer:
     return layer
 
 
-def differences(ours: Recipe, theirs: Recipe) -> Iterator[str]:
-    """One text for each key in which two recipes differ."""
+def differences(ours: Recipe, theirs: Recipe, but: Sequence[str] = ()) -> Iterator[str]:
+    """One text for each key in which two recipes differ, `but` for some."""
     a, b = ours.plain(), theirs.plain()
     if a["name"] != b["name"]:
         yield f"name: {b['name']} there, {a['name']} here"
     for section in SECTIONS:
         for key in a[section]:
             reordered = key == "fraction" and list(a[section][key]) != list(b[section][key])  # the last match counts
-            if a[section][key] != b[section][key] or reordered:
+            if (a[section][key] != b[section][key] or reordered) and f"{section}.{key}" not in but:
                 yield f"{section}.{key}: {_shown(b[section][key])} there, {_shown(a[section][key])} here"
 
 

@@ -175,9 +175,9 @@ def count(masks: Masks) -> int:
     return sum(int(mask.sum()) for mask in masks.values())
 
 
-def nested(inner: Masks, outer: Masks) -> bool:
-    """True if `inner` keeps nothing that `outer` has pruned."""
-    return all(not bool((mask & ~outer[name]).any()) for name, mask in inner.items())
+def nested_in(inner: Tensor, outer: Tensor) -> bool:
+    """True if the mask `inner` keeps nothing that `outer` has pruned."""
+    return not bool((inner & ~outer).any())
 
 
 def nonzero_outside(masks: Masks, weights: Weights) -> list[str]:

@@ -107,6 +107,9 @@ Optimizer = Annotated[Text, _option("--optimizer", "adam, adamw or sgd.")]
 # where and how often
 Replicates = Annotated[Whole, _option("--replicates", "Independent repetitions.")]
 Seed = Annotated[Whole, _option("--seed", "Replicate or trial r uses seed + r.", min=0)]
+Snapshot = Annotated[
+    Real, _option("--snapshot", "Seconds between snapshots of the trainings under way; 60 unless given.")
+]
 Tolerance = Annotated[
     Real,
     _option(
@@ -156,6 +159,7 @@ Trials = Annotated[
     Whole, _option("--trials", "Trials of a ticket file, 5 unless given; a run has its replicates.", min=1)
 ]
 Trust = Annotated[bool, _option("--trust", "Import the code that a ticket file names.")]
+Retrain = Annotated[bool, _option("--retrain", "Train the ticket, and compare with the accuracy that it claims.")]
 Format = Annotated[
     ExportFormat,
     _option(
@@ -202,6 +206,7 @@ RECIPE_OPTIONS: dict[str, tuple[Any, str]] = {
     "train_command": (TrainCommand, "train.command"),
     "replicates": (Replicates, "run.replicates"),
     "seed": (Seed, "run.seed"),
+    "snapshot": (Snapshot, "run.snapshot"),
     "tolerance": (Tolerance, "run.tolerance"),
     "device": (Device, "run.device"),
     "precision": (Precision, "run.precision"),

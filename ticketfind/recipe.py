@@ -150,9 +150,14 @@ class Run:
     """Arms trained together by processes, stacked and graph, at most; null: as many as the memory holds."""
     channels_last: bool | None = _key(readers.or_null(readers.flag), None)
     """Images and convolutions with the channels last in memory; null: by rule, see docs/guide.md."""
+    snapshot: float | None = _key(readers.or_null(readers.positive), 60)
+    """Seconds between snapshots of the trainings under way; null: only when a search is stopped."""
     tolerance: float | None = _key(readers.or_null(readers.not_negative), None)
     """Percentage points below the dense mean that still match; null: one sd of the dense replicates."""
 
+
+CONVENIENCES = ("run.snapshot", "run.arms_at_once")
+"""Keys that a search may go on with other values of."""
 
 SECTIONS: dict[str, type] = {"model": Model, "data": Data, "train": Train, "prune": Prune, "run": Run}
 

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ticketfind import TicketfindError
@@ -99,6 +99,10 @@ class Round:
     matching: bool
     best_replicate: int
     """The replicate of the lowest validation loss, the first where none is known: not chosen by the test set."""
+    replicates: tuple[int, ...] = ()
+    """Those that were trained to the end."""
+    failed: Mapping[int, str] = field(default_factory=dict)
+    """Those that failed in this round, and why; later rounds are without them."""
 
     def json(self) -> dict[str, Any]:
         """One entry of `rounds` in docs/json.md."""
@@ -107,41 +111,65 @@ class Round:
             "remaining": self.remaining,
             "matching": self.matching,
             **self.stats.json(),
+            "failed": {str(replicate): reason for replicate, reason in self.failed.items()},
         }
 
 
-def rounds_of(log: Sequence[Mapping[str, Any]], *, replicates: int, given_tolerance: float | None) -> list[Round]:
-    """The finished rounds (all their replicates logged) in a run's log, in order."""
-    by_round: dict[int, dict[int, Mapping[str, Any]]] = {}
+Line = Mapping[str, Any]
+"""One entry of a run's log: a training that is over."""
+
+
+def rounds_of(log: Sequence[Line], *, replicates: int, given_tolerance: float | None) -> list[Round]:
+    """The finished rounds in a run's log, in order: those in which every replicate that had not failed is over.
+
+    Raises TicketfindError for a line that is not as a search writes it.
+    """
+    by_round: dict[int, dict[int, Line]] = {}
     for line in log:
         by_round.setdefault(line["round"], {})[line["replicate"]] = line
     rounds: list[Round] = []
     dense: Stats | None = None
-    allowed = 0.0
+    allowed, left = 0.0, set(range(replicates))
     for number in range(len(by_round)):
         lines = by_round.get(number, {})
-        if len(lines) < replicates:
+        failed = {r: str(lines[r]["failed"]) for r in sorted(left & lines.keys()) if "failed" in lines[r]}
+        if not left <= lines.keys() or left == failed.keys():
             break
-        lacking = [
-            key
-            for key in (*Measured.__dataclass_fields__, "remaining", "test_size")
-            for r in lines
-            if key not in lines[r]
-        ]
-        if lacking:
-            raise TicketfindError(
-                f"log.jsonl: round {number}: expected {', '.join(sorted(set(lacking)))}, found no such key"
-            )
-        measured = [
-            Measured(**{key: lines[r][key] for key in Measured.__dataclass_fields__}) for r in range(replicates)
-        ]
-        stats = Stats.of(measured)
+        left -= failed.keys()
+        here = {r: _measured(lines[r]) for r in sorted(left)}
+        first = lines[min(left)]
+        stats = Stats.of([*here.values()])
         if dense is None:
             dense = stats
-            allowed = tolerance(dense, given_tolerance, lines[0]["test_size"])
-        best = min(range(replicates), key=lambda r: _loss(measured[r]))
-        rounds.append(Round(number, lines[0]["remaining"], stats, is_matching(stats, dense, allowed), best))
+            allowed = tolerance(dense, given_tolerance, first["test_size"])
+        best = min(here, key=lambda r: _loss(here[r]))
+        matching = is_matching(stats, dense, allowed)
+        rounds.append(Round(number, first["remaining"], stats, matching, best, tuple(here), failed))
     return rounds
+
+
+_NUMBERS = {
+    "early_stop": False,
+    "accuracy_early": False,
+    "accuracy_end": False,
+    "remaining": False,
+    "validation_loss": True,
+    "test_size": True,
+}
+"""What a line of the log says of a training that has not failed: whether it may be null, too."""
+
+
+def _measured(line: Line) -> Measured:
+    where = f"log.jsonl: round {line['round']}, replicate {line['replicate']}"
+    lacking = [key for key in _NUMBERS if key not in line]
+    if lacking:
+        raise TicketfindError(f"{where}: expected {', '.join(lacking)}, found no such key")
+    for key, or_null in _NUMBERS.items():
+        value = line[key]
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+        if not good and not (or_null and value is None):
+            raise TicketfindError(f"{where}: {key}: expected a number, found {str(value)[:40]!r}")
+    return Measured(**{key: line[key] for key in Measured.__dataclass_fields__})
 
 
 def _loss(measured: Measured) -> float:
@@ -152,3 +180,12 @@ def winner_of(rounds: Sequence[Round]) -> Round | None:
     """The sparsest matching round; None if no pruned round matches."""
     matching = [r for r in rounds if r.matching and r.round > 0]
     return min(matching, key=lambda r: r.remaining) if matching else None
+
+
+def is_chance(stats: Stats, chance: float, test_size: int | None) -> bool:
+    """True if the mean accuracy is not clearly above `chance`, that of always giving the same answer.
+
+    Clearly: by two standard errors of a proportion over `test_size` examples, which all replicates are measured on.
+    """
+    error = math.sqrt(chance * (1 - chance) / test_size) if test_size else 0.0
+    return stats.accuracy_early.mean <= chance + 2 * error

@@ -16,12 +16,15 @@ from typing import Any
 
 from ticketfind import TicketfindError, files
 from ticketfind.layers import differences, from_layers, read_layer, to_yaml
-from ticketfind.recipe import Recipe
+from ticketfind.recipe import CONVENIENCES, Recipe
 
 try:
     import fcntl
 except ImportError:  # Windows: nobody is kept out
     fcntl = None  # type: ignore[assignment]
+
+_FOLDERS = ("init", "masks", "state")
+"""What a search writes to, in a run directory."""
 
 RUNS = Path("runs")
 LATEST = RUNS / "latest"
@@ -75,6 +78,23 @@ class RunDir:
         """Files of an outside program that trains, a folder for each training."""
         return self.path / "arms"
 
+    def violated_file(self, round: int, replicate: int) -> Path:
+        """What there was when an invariant did not hold."""
+        return self.path / "violated" / f"{round:02}-{replicate}.safetensors"
+
+    @property
+    def state_folder(self) -> Path:
+        """Snapshots of the trainings under way."""
+        return self.path / "state"
+
+    def check(self) -> None:
+        """Raise TicketfindError where the directory has gone, with a file system that went or by somebody's hand."""
+        if not self.recipe_file.is_file():
+            raise TicketfindError(
+                f"{self.path}: the run directory has gone while the search was at work; put it back (is its disk"
+                " mounted?), and the same command goes on"
+            )
+
     def new_eval_file(self, round: int) -> Path:
         """A name, not yet taken, for what an evaluation found."""
         name = f"{round:02}-{time.strftime('%Y%m%dT%H%M%S')}"
@@ -109,8 +129,8 @@ class RunDir:
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add one finished training to the log, on disk when this returns."""
         file = self.log_file
+        _drop_torn_line(file)
         try:
-            _drop_torn_line(file)
             with file.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(entry, allow_nan=False) + "\n")
                 log.flush()
@@ -138,10 +158,13 @@ def _drop_torn_line(file: Path) -> None:
     """Cut what a crash left after the last newline."""
     if not file.exists():
         return
-    raw = file.read_bytes()
-    if raw and not raw.endswith(b"\n"):
-        with file.open("r+b") as log:
-            log.truncate(raw.rfind(b"\n") + 1)
+    try:
+        raw = file.read_bytes()
+        if raw and not raw.endswith(b"\n"):
+            with file.open("r+b") as log:
+                log.truncate(raw.rfind(b"\n") + 1)
+    except OSError as error:
+        raise TicketfindError(f"{file}: cannot write: {error.strerror}") from error
 
 
 def claim(recipe: Recipe, out: Path | None) -> RunDir:
@@ -154,18 +177,25 @@ def claim(recipe: Recipe, out: Path | None) -> RunDir:
         run = RunDir(out)
         if run.recipe_file.exists():
             _check_same(recipe, run)
-        elif out.exists() and (not out.is_dir() or any(path != run.lock_file for path in out.iterdir())):
+        elif not _is_empty(run):
             raise TicketfindError(f"{out}: expected a run directory, an empty folder or nothing, found other files")
         return run
     return next(run for run in map(RunDir, _names(RUNS / recipe.name)) if _is_free_for(recipe, run))
 
 
 def _is_free_for(recipe: Recipe, run: RunDir) -> bool:
-    if not run.path.exists():
+    if _is_empty(run):
         return True
     with suppress(TicketfindError):
-        return run.recipe_file.exists() and not list(differences(recipe, run.recipe()))
+        return run.recipe_file.exists() and not list(differences(recipe, run.recipe(), but=CONVENIENCES))
     return False
+
+
+def _is_empty(run: RunDir) -> bool:
+    """True if there is nothing, or nothing but what a search that was killed as it began has left."""
+    if not run.path.exists():
+        return True
+    return run.path.is_dir() and set(run.path.iterdir()) <= {run.lock_file, *files.leftovers(run.path)}
 
 
 def _names(path: Path, suffix: str = "") -> Iterator[Path]:
@@ -185,11 +215,14 @@ def sole_writer(run: RunDir) -> Iterator[None]:
     with lock:
         try:
             if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked processes would hold too
+        except (BlockingIOError, PermissionError):
             raise TicketfindError(f"{run.path}: another search is at work here; wait for it or stop it") from None
         except OSError:
             pass  # a file system without locks
+        for folder in (run.path, *map(run.path.joinpath, _FOLDERS)):
+            files.sweep(folder)
+        _drop_torn_line(run.log_file)
         yield
 
 
@@ -203,7 +236,7 @@ def begin(run: RunDir, recipe: Recipe) -> bool:
 
 
 def _check_same(recipe: Recipe, run: RunDir) -> None:
-    differing = list(differences(recipe, run.recipe()))
+    differing = list(differences(recipe, run.recipe(), but=CONVENIENCES))
     if differing:
         raise TicketfindError(
             f"{run.path}: holds a run of another recipe ({'; '.join(differing)});"
@@ -212,12 +245,12 @@ def _check_same(recipe: Recipe, run: RunDir) -> None:
 
 
 def forget_unstarted(run: RunDir) -> None:
-    """Remove what the search wrote, if no training has finished: one that fails at once leaves nothing."""
-    if run.log():
+    """Remove what the search wrote, if there is nothing in it to go on from: one that fails at once leaves nothing."""
+    if any("failed" not in line for line in run.log()) or run.state_folder.exists():
         return
     for file in (run.recipe_file, run.log_file, run.lock_file):
         file.unlink(missing_ok=True)
-    for folder in (run.path / "init", run.path / "masks", run.arms_folder):
+    for folder in (*map(run.path.joinpath, _FOLDERS), run.arms_folder):
         shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):  # it holds other files
         run.path.rmdir()

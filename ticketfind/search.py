@@ -2,26 +2,26 @@
 
 import json
 import math
-import platform
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
-from ticketfind import TicketfindError, __version__, masks, prunable, results, rundir
+from ticketfind import TicketfindError, contents, invariants, masks, prunable, results, rundir
 from ticketfind.batches import derived_seed
+from ticketfind.connection import is_disconnected
+from ticketfind.course import Failed, Point
 from ticketfind.devices import Way
 from ticketfind.masks import Masks, ScoreFn
 from ticketfind.readers import Duration
 from ticketfind.recipe import Recipe
 from ticketfind.rundir import RunDir
+from ticketfind.snapshots import Snapshots
 from ticketfind.tensorfile import read_tensors, save_tensors
-from ticketfind.ticket import Provenance, Ticket
-from ticketfind.train import Arm, Outcome, Point, State, Task, fit, is_disconnected, judge
+from ticketfind.train import Arm, Outcome, State, Task, check_memory, fit, judge
 
 
 class Watch(Protocol):
@@ -32,6 +32,9 @@ class Watch(Protocol):
 
     def tick(self, iterations: int) -> None:
         """Iterations done since the last call."""
+
+    def skip(self, iterations: int) -> None:
+        """Iterations that will not be done."""
 
     def round(self, finished: results.Round) -> None:
         """A round is finished."""
@@ -116,10 +119,12 @@ def search(recipe: Recipe, task: Task, run: RunDir, plan: Plan, score: ScoreFn, 
 
     Each (round, replicate) is on disk before the next begins; the winner's ticket is written at the end.
     """
+    check_memory(task, recipe.train, Way.of(recipe.run), recipe.run.replicates)
     with rundir.sole_writer(run):
         is_new = rundir.begin(run, recipe)
+        snapshots = Snapshots(run.state_folder, recipe.run.snapshot, run.check)
         try:
-            return _Job(recipe, task, run, plan, score, watch).rounds()
+            return _Job(recipe, task, run, plan, score, watch, snapshots).rounds()
         except TicketfindError:
             if is_new:
                 rundir.forget_unstarted(run)
@@ -136,36 +141,89 @@ class _Job:
     plan: Plan
     score: ScoreFn
     watch: Watch
+    snapshots: Snapshots
 
     def rounds(self) -> list[results.Round]:
-        recipe, plan, run = self.recipe, self.plan, self.run
-        logged = {(line["round"], line["replicate"]) for line in run.log()}
-        replicates, in_step = range(recipe.run.replicates), Way.of(recipe.run).in_step
-        groups = [replicates[first : first + in_step] for first in replicates[::in_step]]
-        left = {  # all of those that are trained together, or none: their numbers may depend on it, by rounding
-            round: [r for group in groups if any((round, r) not in logged for r in group) for r in group]
-            for round in range(plan.measured)
-        }
-        total = sum(plan.iterations) * len(replicates)
-        self.watch.begin(total, total - sum(plan.iterations[round] * len(todo) for round, todo in left.items()))
-        for round, todo in left.items():
+        plan, run = self.plan, self.run
+        log = run.log()
+        over, failed = {(line["round"], line["replicate"]) for line in log}, {}
+        for line in log:
+            if "failed" in line:
+                failed[line["replicate"]] = line["round"]
+        self.watch.begin(*self.iterations(over, failed))
+        for round in range(plan.measured):
+            alive = [r for r in range(self.recipe.run.replicates) if failed.get(r, round) >= round]
+            todo = self.todo(alive, {r for r in alive if (round, r) in over})
             arms = [self.arm(round, replicate) for replicate in todo]
             with closing(self.train(round, arms)) as trained:
                 for replicate, (arm, outcome) in zip(todo, trained, strict=True):
-                    if (round, replicate) not in logged:
+                    if (round, replicate) not in over:
+                        if isinstance(outcome, Failed):
+                            failed[replicate] = round
                         self.finish(round, replicate, arm, outcome)
+            self.snapshots.clear(round)
+            finished = contents.finished_rounds(run, self.recipe)[round:]
+            if not finished:
+                self.none_left(round)
+                break
             rundir.make_latest(run)
-            self.watch.round(finished_rounds(run, recipe)[round])
-        rounds = finished_rounds(run, recipe)
+            self.watch.round(finished[0])
+            self.look_at(finished[0])
+        return self.end()
+
+    def todo(self, alive: Sequence[int], over: set[int]) -> list[int]:
+        """Replicates to train. Of those that are trained in step all, or none: their numbers may depend on it."""
+        in_step = Way.of(self.recipe.run).in_step
+        groups = [alive[first : first + in_step] for first in range(0, len(alive), in_step)]
+        return [r for group in groups if not over.issuperset(group) for r in group]
+
+    def iterations(self, over: Set[tuple[int, int]], failed: Mapping[int, int]) -> tuple[int, int]:
+        """Those of the whole search, as far as is known, and those done."""
+        total = done = 0
+        for round, count in enumerate(self.plan.iterations):
+            alive = [r for r in range(self.recipe.run.replicates) if failed.get(r, round) >= round]
+            total += count * len(alive)
+            if round < self.plan.measured:
+                todo = self.todo(alive, {r for r in alive if (round, r) in over})
+                done += count * (len(alive) - len(todo)) + self.snapshots.done(round, todo)
+        return total, done
+
+    def end(self) -> list[results.Round]:
+        """Write the winner, or the one ticket that is drawn and not trained; the finished rounds."""
+        plan, run = self.plan, self.run
+        run.check()
+        rounds = contents.finished_rounds(run, self.recipe)
         winner = results.winner_of(rounds)
         if winner is not None:
-            load(run, winner.round, winner.best_replicate).save(run.ticket_file)
+            contents.load(run, winner.round, winner.best_replicate).save(run.ticket_file)
         elif plan.measured < len(plan.kept):
-            load(run, plan.measured, 0).save(run.ticket_file)
+            contents.load(run, plan.measured, rounds[0].replicates[0]).save(run.ticket_file)
         run.finish()
         return rounds
 
-    def train(self, round: int, arms: list[Arm]) -> Generator[tuple[Arm, Outcome], None, None]:
+    def none_left(self, round: int) -> None:
+        """Every replicate has failed. Raises TicketfindError where there is no round before."""
+        reason = self.run.log()[-1]["failed"]
+        if round == 0:
+            raise TicketfindError(f"every replicate failed; the last: {reason}")
+        self.watch.note(f"no replicate is left after round {round}: the search ends with the rounds before it")
+
+    def look_at(self, finished: results.Round) -> None:
+        """Point out an accuracy that any constant answer has; once, and for the dense network."""
+        chance = self.task.chance if self.recipe.train.metric is None else None
+        if chance is None or self.task.data is None:
+            return
+        size = len(self.task.data.test)
+        before = contents.finished_rounds(self.run, self.recipe)[max(0, finished.round - 1)]
+        is_first = finished.round == 0 or not results.is_chance(before.stats, chance, size)
+        if is_first and results.is_chance(finished.stats, chance, size):
+            what = "the dense network has learned nothing" if finished.round == 0 else "nothing is learned any more"
+            self.watch.note(
+                f"round {finished.round}: an accuracy of {finished.stats.accuracy_early.mean:.1%} is at chance level"
+                f" (always giving the most frequent label has {chance:.1%}): {what}"
+            )
+
+    def train(self, round: int, arms: list[Arm]) -> Generator[tuple[Arm, Outcome | Failed], None, None]:
         """The arms of a round, each with its outcome; weights that are trained already stand for round 0."""
         how = self.recipe.train
         if round == 0 and self.task.trained:
@@ -179,6 +237,7 @@ class _Job:
             tick=self.watch.tick,
             note=self.watch.note,
             folder=self.run.arms_folder,
+            snapshots=self.snapshots,
         )
 
     def arm(self, round: int, replicate: int) -> Arm:
@@ -203,11 +262,16 @@ class _Job:
             )
         return Arm(name, start, mask, seed, self.plan.rewind, round, replicate)
 
-    def finish(self, round: int, replicate: int, arm: Arm, outcome: Outcome) -> None:
+    def finish(self, round: int, replicate: int, arm: Arm, outcome: Outcome | Failed) -> None:
         """Draw the next round's mask, and put everything about this training on disk; the log line last."""
+        self.run.check()
+        if isinstance(outcome, Failed):
+            self.watch.note(f"{arm.name}: {outcome.reason}; it ends here, and the other replicates go on")
+            self.watch.skip(sum(self.plan.iterations[round + 1 :]))
+            self.run.append({"round": round, "replicate": replicate, "failed": f"{arm.name}: {outcome.reason}"})
+            return
         plan, old = self.plan, arm.masks or masks.dense(self.plan.shapes)
-        revived = masks.nonzero_outside(old, outcome.final)
-        assert not revived, f"{arm.name}: pruned weights are not zero in {revived}"
+        self.hold(arm, outcome, invariants.of_training(outcome.final, old))
         start = arm.start
         if round == 0:
             if not plan.moves:
@@ -218,13 +282,21 @@ class _Job:
         if round + 1 < len(plan.kept):
             initial = read_tensors(self.start_file(0, replicate), "rewind point")[0] if plan.moves else start
             new = self.prune(round, replicate, old, outcome.final, initial)
-            assert masks.nested(new, old), f"{arm.name}: a pruned weight has come back"
-            assert masks.count(new) == plan.kept[round + 1], f"{arm.name}: {masks.count(new)} weights kept"
+            self.hold(arm, outcome, invariants.of_pruning(new, old, plan.kept[round + 1]))
             if plan.moves:
                 _, about = read_tensors(self.start_file(0, replicate), "rewind point")
                 save_tensors(self.start_file(round + 1, replicate), outcome.final, about)
             save_tensors(self.run.mask_file(round + 1, replicate), new)
         self.run.append(_log_line(round, replicate, old, outcome))
+
+    def hold(self, arm: Arm, outcome: Outcome, faults: list[str]) -> None:
+        """Raise Violated where there are faults, once what there is has been saved."""
+        if not faults:
+            return
+        file = self.run.violated_file(arm.round, arm.replicate)
+        parts = {"start": arm.start, "mask": arm.masks, "final": outcome.final}
+        save_tensors(file, {f"{part}/{name}": t for part, state in parts.items() for name, t in state.items()})
+        raise invariants.Violated.of(arm.name, [*faults[:3], f"its weights and masks are in {file}"])
 
     def prune(self, round: int, replicate: int, old: Masks, final: State, initial: State) -> Masks:
         """Score on the training device, keep the highest."""
@@ -258,85 +330,9 @@ def _log_line(round: int, replicate: int, mask: Masks, outcome: Outcome) -> dict
         "replicate": replicate,
         "kept": masks.count(mask),
         "remaining": masks.remaining(mask),
+        "began": outcome.began,
         **asdict(outcome.measured),
         "test_size": outcome.test_size,
         "kept_per_tensor": {name: int(m.sum()) for name, m in mask.items()},
         "curve": {key: [point[key] for point in points] for key in Point.__dataclass_fields__},
     }
-
-
-# ------------------------------------------------------------------------------------- what a run holds
-
-
-def finished_rounds(run: RunDir, recipe: Recipe | None = None) -> list[results.Round]:
-    """The finished rounds of a run, in order."""
-    recipe = recipe or run.recipe()
-    return results.rounds_of(run.log(), replicates=recipe.run.replicates, given_tolerance=recipe.run.tolerance)
-
-
-def load(run: RunDir, round: int, replicate: int) -> Ticket:
-    """The ticket of one round and replicate, trained or not. Raises TicketfindError where the run does not hold it."""
-    recipe = run.recipe()
-    rounds = finished_rounds(run, recipe)
-    if not 1 <= round <= max(len(rounds) - 1, _untested(recipe, rounds) or 0):
-        raise _no_round(run, rounds, round)
-    if not 0 <= replicate < recipe.run.replicates:
-        raise TicketfindError(f"{run.path}: replicate: expected 0 to {recipe.run.replicates - 1}, found {replicate}")
-    mask, _ = read_tensors(run.mask_file(round, replicate), "mask")
-    start, metadata = read_tensors(
-        run.start_file(replicate, round if recipe.prune.rewind == "lr" else None), "rewind point"
-    )
-    about = Provenance(
-        recipe=recipe.plain(),
-        round=round,
-        replicate=replicate,
-        claims={name: rounds[n].stats.json() for name, n in (("dense", 0), ("ticket", round)) if n < len(rounds)},
-        versions={"ticketfind": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        **json.loads(metadata["ticketfind"]),
-    )
-    return Ticket(mask, start, about)
-
-
-def _no_round(run: RunDir, rounds: list[results.Round], round: int) -> TicketfindError:
-    there = f"1 to {len(rounds) - 1}" if len(rounds) > 1 else "a finished pruned round, of which the run has none"
-    return TicketfindError(f"{run.path}: round: expected {there}, found {round}")
-
-
-def _untested(recipe: Recipe, rounds: list[results.Round]) -> int | None:
-    """The round whose mask was drawn from weights that were trained already, and not trained; None before that."""
-    return 1 if recipe.model.trained and recipe.prune.rounds == 1 and rounds else None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A round of a run, and which of its replicates stands for it."""
-
-    round: int
-    replicate: int
-
-
-def chosen(run: RunDir, round: int | None) -> Choice:
-    """Round `round` of a run, the winner (or the one ticket that was drawn and not trained) where None.
-
-    Raises TicketfindError where there is none.
-    """
-    recipe = run.recipe()
-    rounds = finished_rounds(run, recipe)
-    untested = _untested(recipe, rounds)
-    if untested is not None and round in (None, untested):
-        return Choice(untested, 0)
-    if round is not None:
-        if not 1 <= round < len(rounds):
-            raise _no_round(run, rounds, round)
-        return Choice(round, rounds[round].best_replicate)
-    winner = results.winner_of(rounds)
-    if winner is None:
-        finished = f"{len(rounds)} finished rounds" if rounds else "no finished round"
-        raise TicketfindError(f"{run.path}: expected a winner, found no matching one in {finished}; name a --round")
-    return Choice(winner.round, winner.best_replicate)
-
-
-def tickets(run: RunDir, round: int | None) -> list[Ticket]:
-    """The tickets of every replicate of a round (the winner's where None)."""
-    number = chosen(run, round).round
-    return [load(run, number, replicate) for replicate in range(run.recipe().run.replicates)]

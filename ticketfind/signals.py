@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: at once as a rule, between two iterations while a command trains, so that files stay whole."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ def install() -> None:
 def _receive(signal_number: int, _frame: object) -> None:
     if _State.is_training and _State.noted is None:
         _State.noted = signal_number  # raised here, it could be lost in the middle of another library's code
+        if os.isatty(2):
+            os.write(2, b"\r\033[Kstopping after this iteration; once more stops at once\n")  # print may be under way
     else:  # a second one does not wait
         raise Stopped(signal_number)
 

@@ -1,7 +1,9 @@
 """Tensors in safetensors files, whole or absent."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,15 +31,27 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
             raise TicketfindError(f"{path}: cannot write: {error}") from error
 
 
+def read_metadata(path: Path, what: str) -> dict[str, str]:
+    """As `read_tensors`, without the tensors."""
+    with _opened(path, what) as file:
+        return dict(file.metadata() or {})
+
+
 def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors (on the CPU) and metadata of a safetensors file; `what` it is ("ticket") is for messages.
 
     Raises TicketfindError where it is missing or damaged.
     """
+    with _opened(path, what) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path, what: str) -> Iterator[Any]:
     if not path.is_file():
         raise TicketfindError(f"{what} {path}: no such file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            yield file
     except (OSError, SafetensorError, ValueError) as error:
         raise TicketfindError(f"{what} {path}: expected a safetensors file; reading it failed: {error}") from error

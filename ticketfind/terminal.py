@@ -193,6 +193,10 @@ class Progress:
             self._drawn = now
             self._live.update(self._line(now), refresh=True)
 
+    def skip(self, iterations: int) -> None:
+        """Iterations that will not be done."""
+        self._total -= iterations
+
     def _line(self, now: float) -> Table:
         rate = (self._done - self._before) / max(now - self._began, 1e-9)
         line = Table.grid(padding=(0, 1))

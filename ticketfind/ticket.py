@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ticketfind import TicketfindError, files, masks
+from ticketfind.digests import digest
 from ticketfind.masks import Masks
 from ticketfind.tensorfile import read_tensors, save_tensors
 
 FORMAT = 1
+SECTIONS = ("mask", "init")
+"""What a file's tensors are called, before a slash and the parameter's name."""
 _KEY = "ticketfind"
 
 
@@ -140,6 +143,7 @@ class Ticket:
             raise TicketfindError("a compact ticket has lost the pruned initial weights: it cannot be written in full")
         else:
             tensors |= {f"mask/{name}": mask for name, mask in self.masks.items()}
+        about["sha256"] = {section: _digest_of(tensors, section) for section in SECTIONS}
         save_tensors(Path(path), tensors, {_KEY: json.dumps(about)})
 
 
@@ -206,6 +210,24 @@ def load_ticket(path: Path | str) -> Ticket:
         ):
             raise TicketfindError(f"{path}: metadata aliases: expected {alias} to be tied to a mask, found {name!r}")
     return Ticket(found_masks, init, provenance, complete=not compact)
+
+
+def changed_sections(path: Path) -> list[str] | None:
+    """Which of a ticket file's sections (mask, init) are not as they were written, by the hashes in its metadata.
+
+    None for a file without hashes, of an earlier version. Raises TicketfindError for a file that is no ticket.
+    """
+    tensors, metadata = read_tensors(path, "ticket")
+    written = _read_about(path, metadata).get("sha256")
+    if not isinstance(written, dict):
+        return None
+    return [section for section in SECTIONS if written.get(section) != _digest_of(tensors, section)]
+
+
+def _digest_of(tensors: Mapping[str, Tensor], section: str) -> str:
+    """Of a section's tensors as the file has them, under their own names."""
+    own = f"{section}/"
+    return digest({name.removeprefix(own): value for name, value in tensors.items() if name.startswith(own)})
 
 
 def _read_about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

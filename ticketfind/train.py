@@ -1,7 +1,7 @@
 """Training arms and measuring them: schedule of evaluations, early stop, metrics. Knows no rounds and no disk."""
 
-import copy
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -9,23 +9,29 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ticketfind import TicketfindError, devices, engine, lanes
-from ticketfind.batches import Data, Order, derived_seed
+from ticketfind import TicketfindError, devices, engine, invariants, memory
+from ticketfind.batches import Data, Order, Split, derived_seed, seeded
+from ticketfind.course import Course, Drawn, Failed, Point, Snapshot, course_of, snapshot, take_up
 from ticketfind.devices import EAGER, Way
+from ticketfind.digests import digest
 from ticketfind.engine import Lockstep
 from ticketfind.forks import Tick
 from ticketfind.masks import Masks
-from ticketfind.outputs import OutputFn, accuracy, call, cross_entropy, predictions
+from ticketfind.outputs import OutputFn, accuracy, cross_entropy
+from ticketfind.prunable import aliases
 from ticketfind.recipe import Train
 from ticketfind.results import Measured
 from ticketfind.specs import one_line
 
 State = dict[str, Tensor]
 """Every parameter and buffer by its state-dict key."""
+Note = Callable[[str], None]
+"""Told what the user should know."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class Task:
     """The types that the checkpoint had them in; they are trained in the model's."""
     trained: State = field(default_factory=dict)
     """Weights after dense training, which stand for that training."""
+    need: memory.Need | None = None
+    """The memory that an arm's training takes, where that could be estimated."""
     loss: OutputFn = cross_entropy
     metric: OutputFn = accuracy
     trainer: "Trainer | None" = None
@@ -53,6 +61,12 @@ class Task:
     def start(self, seed: int) -> State:
         """Weights and buffers at iteration 0 of the replicate with this seed."""
         return {**self.fresh(seed), **self.given}
+
+    @functools.cached_property
+    def chance(self) -> float | None:
+        """The accuracy of always giving the test set's most frequent label; None where the labels are not known."""
+        test = None if self.data is None else self.data.test
+        return test.most_frequent if isinstance(test, Split) else None
 
 
 @dataclass(frozen=True)
@@ -75,21 +89,11 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Point:
-    """One evaluation."""
-
-    iteration: int
-    train_loss: float | None
-    """Mean over the iterations since the last evaluation; None where there were none."""
-    validation_loss: float
-    validation_accuracy: float
-    test_accuracy: float
-
-
-@dataclass(frozen=True)
 class Outcome:
     """A finished training."""
 
+    began: str | None
+    """Digest of the weights and buffers that it began with, tied parameters once; None where nobody looked."""
     points: tuple[Point, ...]
     final: State
     """Weights and buffers after the last iteration."""
@@ -111,6 +115,19 @@ def measured(points: Sequence[Point]) -> Measured:
     )
 
 
+class Snapshots(Protocol):
+    """Where trainings under way are kept, so that they can go on after their process has ended."""
+
+    def find(self, arms: Sequence[Arm]) -> Snapshot | None:
+        """What was kept last of these arms, which begin now. Raises TicketfindError where it cannot be read."""
+
+    def offer(self, arms: Sequence[Arm], take: Callable[[], Snapshot], *, now: bool = False) -> None:
+        """Keep what `take` gives, if it is time; with `now` in any case, and before this returns."""
+
+    def settle(self) -> None:
+        """Wait for what is still being kept."""
+
+
 @dataclass(frozen=True)
 class Work:
     """What a training of one arm is told beside the arm."""
@@ -119,12 +136,13 @@ class Work:
     keep_at: int | None
     """Iteration whose weights are kept in the outcome."""
     tick: Tick
-    """Told of the iterations done."""
+    """Told of the iterations done; may raise, to end the training where it is."""
     folder: Path | None
     """Where an outside program's files go."""
+    snapshots: Snapshots | None = None
 
 
-Trainer = Callable[[Task, Arm, Work], Outcome]
+Trainer = Callable[[Task, Arm, Work], "Outcome | Failed"]
 """Trains one arm."""
 
 
@@ -136,27 +154,35 @@ def fit(
     way: Way = EAGER,
     keep_at: int | None = None,
     tick: Tick = lambda n: None,
-    note: Callable[[str], None] = lambda text: None,
+    note: Note = lambda text: None,
     folder: Path | None = None,
-) -> Generator[tuple[Arm, Outcome], None, None]:
+    snapshots: Snapshots | None = None,
+) -> Generator[tuple[Arm, Outcome | Failed], None, None]:
     """Train every arm to ``how.iterations``; each with its outcome, in order, as it is finished.
 
     way: how the arms share the device; the numbers do not depend on it beyond rounding. keep_at: iteration whose
-    weights are kept in the outcome. tick: told of the iterations done. note: told what the user should know.
-    folder: for the files of an outside program that trains.
-    Raises TicketfindError, naming the arm, where a loss is no longer finite (the iteration too) or the training fails.
+    weights are kept in the outcome. tick: told of the iterations done; may raise, to end it all. note: told what the
+    user should know. folder: for the files of an outside program that trains. snapshots: trainings go on from them,
+    and are kept in them, at the latest when `tick` raises.
+    Raises TicketfindError, naming the arm, where the training fails; numbers that are no longer finite end one arm.
     """
     together = [*_together(arms, way.in_step)]
 
-    def train(index: int, tick: Tick) -> list[Outcome]:
-        work = Work(how, keep_at, tick, folder)
-        with _faults_of(together[index], how):
+    def train(index: int, tick: Tick) -> list[Outcome | Failed]:
+        work = Work(how, keep_at, tick, folder, snapshots)
+        with _faults_of(together[index], task, how, min(way.at_once, len(arms))):
             if task.trainer is not None:
                 return [task.trainer(task, arm, work) for arm in together[index]]
             return _train(task, together[index], work, way, note)
 
     outcomes = itertools.chain.from_iterable(engine.each(way, len(together), train, tick))
     yield from zip(arms, outcomes, strict=True)
+
+
+def check_memory(task: Task, how: Train, way: Way, arms: int) -> None:
+    """Raise TicketfindError where `arms` trainings, as many at once as the way says, cannot fit into what is free."""
+    if task.need is not None:
+        memory.check(task.need, min(way.at_once, arms), how.batch_size, task.device)
 
 
 def _together(arms: Sequence[Arm], most: int) -> Iterator[list[Arm]]:
@@ -167,97 +193,190 @@ def _together(arms: Sequence[Arm], most: int) -> Iterator[list[Arm]]:
 
 
 @contextmanager
-def _faults_of(arms: Sequence[Arm], how: Train) -> Iterator[None]:
-    """Whatever goes wrong inside is told in one line that says in which training."""
+def _faults_of(arms: Sequence[Arm], task: Task, how: Train, at_once: int = 1) -> Iterator[None]:
+    """Whatever goes wrong inside is told in one line that says in which training. at_once: arms in memory together."""
+    names = arms[0].name if len(arms) == 1 else f"{arms[0].name} to {arms[-1].name}"
     try:
         yield
-    except engine.Diverged as error:
-        raise TicketfindError(
-            f"{arms[error.arm].name}: the loss is not finite at iteration {error.iteration}; try a lower --lr (now"
-            f" {how.lr:g}), or look at the data (values that are no good, a batch in which no label counts)"
-        ) from None
     except TicketfindError:
         raise
     except Exception as error:
-        names = arms[0].name if len(arms) == 1 else f"{arms[0].name} to {arms[-1].name}"
-        raise TicketfindError(f"{names}: training failed: {one_line(error)}") from error
+        if task.trainer is not None or not memory.has_run_out(error):
+            raise TicketfindError(f"{names}: training failed: {one_line(error)}") from error
+        advice = memory.what_fits(task.need, at_once, how.batch_size, memory.free(task.device))
+        raise TicketfindError(
+            f"{names}: memory ran out on {task.device} with a batch of {how.batch_size}; {advice}"
+        ) from error
 
 
-def judge(arms: Iterable[Arm], task: Task, how: Train) -> Generator[tuple[Arm, Outcome], None, None]:
+def judge(arms: Iterable[Arm], task: Task, how: Train) -> Generator[tuple[Arm, Outcome | Failed], None, None]:
     """Every arm with the outcome that `task.trained`, weights from elsewhere, stand for; measured, not trained."""
     for arm in arms:
         named = dataclasses.replace(arm, name=f"{arm.name}, from model.trained")
-        with _faults_of([named], how), devices.arithmetic(EAGER, task.device, task.model):
-            start = {**arm.start, **task.trained}
+        start = {**arm.start, **task.trained}
+        with _faults_of([named], task, how), devices.arithmetic(EAGER, task.device, task.model):
             training = engine.begin(EAGER, task.model, [(start, arm.masks)], list, how, task.loss, device=task.device)
-            points = _points(training, task, how, int(how.iterations), [None])
-            final = training.states()[0]
-        yield arm, Outcome(tuple(points), final, arm.start, measured(points), _test_size(task))
+            began = _digests(training, task.model, [(named.name, start, arm.masks)])
+            course = Course.new(int(how.iterations), began)
+            course.kept = [arm.start]
+            _measure(training, task, how, course, lambda: None)
+            (outcome,) = _outcomes(training, task, course, how)
+        yield arm, outcome
 
 
-def _train(
-    task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Callable[[str], None] = lambda text: None
-) -> list[Outcome]:
+PAUSE = 0.2
+"""Seconds of training, about, from one moment at which it can be kept or ended to the next."""
+
+
+def _train(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) -> list[Outcome | Failed]:
     """Train arms that begin at the same iteration."""
-    how, keep_at, data, first = work.how, work.keep_at, task.data, arms[0].first
-    assert data is not None
+    how, keep_at, first = work.how, work.keep_at, arms[0].first
     total, every = int(how.iterations), int(how.eval_every)
-    measured_at = {*range(every, total, every), total}
-    stops = sorted(stop for stop in measured_at | {keep_at or 0} if stop > first)
+    measured_at = {stop for stop in (*range(every, total, every), total) if stop > first}
+    kept_at = {keep_at} if keep_at is not None and keep_at >= first else set()
     with _own_draws(task), devices.arithmetic(way, task.device, task.model):
-        training = engine.begin(
+        training, course = _begun(task, arms, work, way, note)
+
+        def take() -> Snapshot:
+            return snapshot(course, training, task.device)
+
+        def pause(iterations: int = 0) -> None:
+            try:
+                work.tick(iterations)
+            except BaseException:
+                if work.snapshots is not None:
+                    work.snapshots.offer(arms, take, now=True)
+                raise
+            if work.snapshots is not None:
+                work.snapshots.offer(arms, take)
+
+        count = 1
+        for stop in sorted(measured_at | kept_at):
+            while course.at < stop and not course.is_over:
+                count = min(count, stop - course.at)
+                began = time.monotonic()
+                _note_losses(course, training.advance(count), how)
+                seconds = max(time.monotonic() - began, 1e-6)
+                pause(count * len(arms))
+                count = max(1, min(4 * count, int(count * PAUSE / seconds)))
+            if stop in kept_at and not course.kept:
+                course.kept = training.states()
+            if stop in measured_at and not course.is_over and not course.is_measured(stop):
+                course.drawn = Drawn.so_far(task.device)
+                _measure(training, task, how, course, pause)
+                course.drawn = None
+        if work.snapshots is not None:
+            work.snapshots.settle()
+        return _outcomes(training, task, course, how)
+
+
+def _begun(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) -> tuple[Lockstep, Course]:
+    """Where a snapshot of the arms has left off, or from their start."""
+
+    def begin(at: int) -> Lockstep:
+        data, how, total = task.data, work.how, int(work.how.iterations)
+        assert data is not None
+        ahead = min(at, total - 1)  # at the end too there is a batch to rehearse with
+        return engine.begin(
             way,
             task.model,
             [(arm.start, arm.masks) for arm in arms],
-            lambda: [data.training(Order(arm.seed, how.batch_size, first, total)) for arm in arms],
+            lambda: [data.training(Order(arm.seed, how.batch_size, ahead, total)) for arm in arms],
             how,
             task.loss,
             device=task.device,
             seed=derived_seed(arms[0].seed, "draws"),
-            first=first,
+            first=at,
             note=note,
         )
-        kept: Sequence[State | None] = training.states() if keep_at == first else [None] * len(arms)
-        points: list[list[Point]] = []
-        losses: list[list[float]] = [[] for _ in arms]
-        for at, stop in zip([first, *stops], stops, strict=False):
-            for before, new in zip(losses, training.advance(stop - at, work.tick), strict=True):
-                before += new
-            if stop == keep_at:
-                kept = training.states()
-            if stop in measured_at:
-                points.append(_points(training, task, how, stop, [sum(part) / len(part) for part in losses]))
-                losses = [[] for _ in arms]
-        return [
-            Outcome(tuple(own), final, state, measured(own), _test_size(task))
-            for own, final, state in zip(zip(*points, strict=True), training.states(), kept, strict=True)
-        ]
+
+    def digests(training: Lockstep) -> list[str]:
+        return _digests(training, task.model, [(arm.name, arm.start, arm.masks) for arm in arms])
+
+    try:
+        found = None if work.snapshots is None else work.snapshots.find(arms)
+        if found is not None:
+            course = course_of(found)
+            training = begin(course.at)
+            if digests(training) != course.began:
+                raise ValueError("it is of a training that began elsewhere")
+            take_up(found, training, task.device)
+            return training, course
+    except (KeyError, TypeError, ValueError, RuntimeError, TicketfindError) as error:
+        note(f"{arms[0].name}: its snapshot cannot be used and is trained from its start: {one_line(error)}")
+    training = begin(arms[0].first)
+    return training, Course.new(arms[0].first, digests(training))
+
+
+def _digests(training: Lockstep, model: nn.Module, arms: Sequence[tuple[str, State, Masks]]) -> list[str]:
+    """Of what each arm begins with, tied parameters once. Raises Violated where that is not as it was given."""
+    found, tied = [], aliases(model)
+    for (name, start, mask), state in zip(arms, training.states(), strict=True):
+        begins = {key: value for key, value in state.items() if key not in tied}
+        if faults := invariants.of_start(begins, start, mask):
+            raise invariants.Violated.of(name, faults)
+        found.append(digest(begins))
+    return found
 
 
 def _own_draws(task: Task) -> AbstractContextManager[None]:
     """What is drawn at random inside changes nothing outside."""
-    return torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else [])
+    return seeded(0, [task.device] if task.device.type == "cuda" else [])
 
 
-def _points(
-    training: Lockstep, task: Task, how: Train, iteration: int, train_loss: Sequence[float | None]
-) -> list[Point]:
-    """Each arm's evaluation."""
+def _note_losses(course: Course, losses: Sequence[Sequence[float]], how: Train) -> None:
+    """Count the iterations; an arm's first loss that is not finite ends it."""
+    for arm, new in enumerate(losses):
+        course.losses[arm] += new
+        bad = next((course.at + number for number, loss in enumerate(new) if not math.isfinite(loss)), None)
+        if bad is not None:
+            _fail(course, arm, bad, "the loss", how)
+    course.at += len(losses[0])
+
+
+def _fail(course: Course, arm: int, iteration: int, what: str, how: Train) -> None:
+    course.failed[arm] = course.failed[arm] or Failed(
+        iteration,
+        f"{what} is not finite at iteration {iteration}; try a lower --lr (now {how.lr:g}), or look at the data"
+        " (values that are no good, a batch in which no label counts)",
+    )
+
+
+def _measure(training: Lockstep, task: Task, how: Train, course: Course, between: Callable[[], None]) -> None:
+    """Evaluate each arm where it is."""
     assert task.data is not None
-    validation = training.measure(task.data.validation, (task.loss, task.metric), how.batch_size)
-    test = training.measure(task.data.test, (task.metric,), how.batch_size)
+    validation = training.measure(task.data.validation, (task.loss, task.metric), how.batch_size, between)
+    test = training.measure(task.data.test, (task.metric,), how.batch_size, between)
     rows: list[list[float]] = torch.cat([validation, test], dim=1).tolist()
     for arm, row in enumerate(rows):
         if not all(map(math.isfinite, row)):
-            raise engine.Diverged(iteration, arm)
-    return [Point(iteration, loss, *row) for loss, row in zip(train_loss, rows, strict=True)]
+            _fail(course, arm, course.at, "the loss or metric of an evaluation", how)
+        losses = course.losses[arm]
+        course.points[arm].append(Point(course.at, sum(losses) / len(losses) if losses else None, *row))
+        course.losses[arm] = []
+
+
+def _outcomes(training: Lockstep, task: Task, course: Course, how: Train) -> list[Outcome | Failed]:
+    """What has come of each arm, at its end."""
+    found: list[Outcome | Failed] = []
+    trained = {name for name, _ in task.model.named_parameters()}
+    for arm, final in enumerate(training.states()):
+        bad = next((name for name in trained & final.keys() if not bool(torch.isfinite(final[name]).all())), None)
+        if bad is not None:
+            _fail(course, arm, course.at, bad, how)
+        kept, points = course.kept[arm] if course.kept else None, course.points[arm]
+        found.append(
+            course.failed[arm]
+            or Outcome(course.began[arm], tuple(points), final, kept, measured(points), _test_size(task))
+        )
+    return found
 
 
 def step_seconds(task: Task, how: Train, steps: int = 5) -> list[float]:
     """The time that each of the first `steps` iterations of a dense training takes, its batch's reading included."""
     assert task.data is not None
     data, start, seconds = task.data, Arm("the first steps", task.start(0), {}, 0), []
-    with _faults_of([start], how), _own_draws(task):
+    with _faults_of([start], task, how), _own_draws(task):
         training = engine.begin(
             EAGER,
             task.model,
@@ -269,44 +388,10 @@ def step_seconds(task: Task, how: Train, steps: int = 5) -> list[float]:
         )
         for _ in range(steps):
             began = time.perf_counter()
-            training.advance(1, lambda n: None)
+            training.advance(1)
             seconds.append(time.perf_counter() - began)
     return seconds
 
 
 def _test_size(task: Task) -> int | None:
     return None if task.data is None else len(task.data.test)
-
-
-@torch.no_grad()
-def is_disconnected(task: Task, start: State, masks: Masks) -> bool:
-    """True if no input can change the masked network's output, whatever its remaining weights.
-
-    A layer may start at zero, so equal outputs under `start` do not say it. Then positive weights, which no rectifier
-    cuts off, are tried in their place, and believed where the whole network with such weights does tell inputs apart.
-    Without data, with a single test example or without predictions in the output, it cannot be told: False.
-    """
-    if task.data is None or len(task.data.test) < 2:
-        return False
-    model = copy.deepcopy(task.model).eval()
-    inputs, _ = task.data.example(64)
-
-    def tells_apart(state: State, under: Masks) -> bool:
-        lanes.put(model, state, under)
-        outputs = predictions(call(model, inputs))
-        return not bool((outputs == outputs[:1]).all())
-
-    try:
-        predictions(call(model, inputs))
-    except TicketfindError:  # an output for a loss of the user's own
-        return False
-
-    if tells_apart(start, masks):
-        return False
-    generator = torch.Generator().manual_seed(0)
-    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    positive = {
-        name: (0.1 + 0.1 * torch.rand(value.shape, generator=generator)).to(value) if name in trained else value
-        for name, value in start.items()
-    }
-    return tells_apart(positive, {}) and not tells_apart(positive, masks)

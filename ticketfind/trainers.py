@@ -46,7 +46,7 @@ def checked_outcome(metrics: Any, arm: Arm, final: State, kept: State | None, st
         validation_loss=numbers.get("validation_loss"),
     )
     size = numbers.get("test_size")
-    return Outcome((), final, kept, measured, None if size is None else int(size))
+    return Outcome(None, (), final, kept, measured, None if size is None else int(size))
 
 
 def _numbers(metrics: Any, arm: Arm) -> dict[str, float]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ticketfind.rundir import RunDir
     from ticketfind.search import Plan
     from ticketfind.ticket import Ticket
+    from ticketfind.verify import Check
 
 
 def show_plan(screen: Screen, recipe: "Recipe", plan: "Plan") -> None:
@@ -132,6 +133,28 @@ def show_export(screen: Screen, ticket: "Ticket", path: Path, form: str) -> None
     screen.result(
         f"{path}: {percent(ticket.remaining)} of the weights, {form}, {size(written)}",
         {"file": str(path), "format": form, "remaining": ticket.remaining, "bytes": written},
+    )
+
+
+def show_checks(screen: Screen, target: str, checks: "Sequence[Check]", seconds: float) -> None:
+    """`verify`."""
+    words = {True: "yes", False: "NO", None: "not checked"}
+    styles = {True: "green", False: "bold red", None: "yellow"}
+    for check in checks:
+        line = Text(f"{words[check.passed]:>11}  ", style=styles[check.passed])
+        line.append(f"{check.what}: {printable(check.found)}", style="default")
+        screen.print(line)
+    failed = [check.what for check in checks if check.passed is False]
+    unknown = sum(check.passed is None for check in checks)
+    passed = f"{plural(len(checks) - unknown, 'check')} passed" + (f", {unknown} could not be made" if unknown else "")
+    screen.result(
+        f"{target}: not as it says: {'; '.join(failed)}" if failed else f"{target}: {passed}",
+        {
+            "target": target,
+            "verified": not failed,
+            "checks": [{"what": c.what, "passed": c.passed, "found": c.found} for c in checks],
+            "seconds": seconds,
+        },
     )
 
 
