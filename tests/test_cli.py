@@ -265,7 +265,7 @@ BAD = {
     "model-arg": (["search", "--model-arg", "width"], 2, ["KEY=VALUE"]),
     "labels outside": (["search", "--model-arg", "num_classes=5"], 1, ["labels 0 to 9", "[2, 5]"]),
     "unknown argument": (["search", "--model-arg", "depth=5"], 1, ["lenet-300-100", "depth"]),
-    "non-finite": (["search", *SMALL, "--lr", "1e30"], 1, ["round 0, replicate 0", "iteration 1", "--lr"]),
+    "non-finite": (["search", *SMALL, "--lr", "1e30"], 1, ["round 0, replicate", "iteration 1", "--lr"]),
     "batch": (["search", "--batch-size", "2000"], 2, ["train.batch_size", "1197", "2000"]),
     "glob": (["search", "--skip", "conv*"], 1, ["prune.skip", "conv*", "fc1.weight"]),
     "nothing left": (["search", "--skip", "*"], 1, ["parameter to prune"]),

@@ -49,8 +49,8 @@ class Drawn:
 
     python: Any
     numpy: Any
-    torch: Mapping[str, Tensor]
-    """By the kind of device."""
+    devices: Mapping[str, Tensor]
+    """PyTorch's, by the kind of device."""
 
     @classmethod
     def so_far(cls, device: torch.device) -> "Drawn":
@@ -77,9 +77,9 @@ class Drawn:
 
         random.setstate(self.python)
         numpy.random.set_state(self.numpy)
-        torch.set_rng_state(self.torch["cpu"])
+        torch.set_rng_state(self.devices["cpu"])
         if device.type == "cuda":
-            torch.cuda.set_rng_state(self.torch["cuda"], device)
+            torch.cuda.set_rng_state(self.devices["cuda"], device)
 
 
 @dataclass
@@ -121,7 +121,7 @@ def snapshot(course: Course, training: Lockstep, device: torch.device) -> Snapsh
     for arm, state in enumerate(course.kept):
         tensors |= {f"kept/{arm}/{name}": _copied(value) for name, value in state.items()}
     tensors["losses"] = torch.tensor(course.losses, dtype=torch.float64)
-    tensors |= {f"drawn/{kind}": state for kind, state in drawn.torch.items()}
+    tensors |= {f"drawn/{kind}": state for kind, state in drawn.devices.items()}
     facts = {
         "at": course.at,
         "began": course.began,

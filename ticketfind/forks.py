@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
@@ -48,8 +49,12 @@ def side_by_side(count: int, at_once: int, train: Callable[[int, Tick], T], tick
         while delivered < count:
             while started < count and len(running) < at_once:
                 receiving, sending = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(sending, train, started, os.getpid()), daemon=True)
-                with warnings.catch_warnings():  # Python >= 3.12 warns of forks beside threads; the child uses one
+                others = [receiving, *running]
+                process = context.Process(
+                    target=_child, args=(sending, others, train, started, os.getpid()), daemon=True
+                )
+                with warnings.catch_warnings(), _held_back(signal.SIGINT, signal.SIGTERM):
+                    # Python >= 3.12 warns of forks beside threads; the child uses one
                     warnings.simplefilter("ignore", DeprecationWarning)
                     process.start()
                 sending.close()
@@ -83,6 +88,16 @@ def side_by_side(count: int, at_once: int, train: Callable[[int, Tick], T], tick
         _end([process for _, process in running.values()])
 
 
+@contextmanager
+def _held_back(*signals: signal.Signals) -> Iterator[None]:
+    """Signals wait until the end: a process that is forked inside has a moment to say what it does on them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _lost(exit_code: int | None, at_once: int) -> str:
     if exit_code != -signal.SIGKILL:
         return f"a training process ended before its training did (exit code {exit_code})"
@@ -108,8 +123,12 @@ class _Asked(BaseException):
     """The parent wants the training to stop."""
 
 
-def _child(sending: Connection, train: Callable[[int, Tick], T], index: int, parent: int) -> None:
+def _child(
+    sending: Connection, others: Sequence[Connection], train: Callable[[int, Tick], T], index: int, parent: int
+) -> None:
     _die_with(parent)
+    for connection in others:
+        connection.close()  # inherited: while anybody holds it, sending into it would wait for ever
     asked = False
 
     def ask(*_: object) -> None:
@@ -118,6 +137,7 @@ def _child(sending: Connection, train: Callable[[int, Tick], T], index: int, par
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
     signal.signal(signal.SIGTERM, ask)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     torch.set_num_threads(1)
     pending, last = 0, time.monotonic()
 
@@ -128,16 +148,17 @@ def _child(sending: Connection, train: Callable[[int, Tick], T], index: int, par
         pending += iterations
         now = time.monotonic()
         if now - last > 0.1:
-            sending.send_bytes(pickle.dumps(("tick", pending)))
+            try:
+                sending.send_bytes(pickle.dumps(("tick", pending)))
+            except BrokenPipeError:  # nobody waits for it any more
+                raise _Asked from None
             pending, last = 0, now
 
     try:
         result = train(index, tick)
         sending.send_bytes(pickle.dumps(("tick", pending)))
         sending.send_bytes(pickle.dumps(("done", result)))
-    except _Asked:
-        pass
-    except BrokenPipeError:  # nobody waits for it any more
+    except (_Asked, BrokenPipeError):
         pass
     except BaseException as error:
         try:

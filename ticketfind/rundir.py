@@ -78,9 +78,14 @@ class RunDir:
         """Files of an outside program that trains, a folder for each training."""
         return self.path / "arms"
 
+    @property
+    def violated_folder(self) -> Path:
+        """What there was when an invariant did not hold; it is kept whatever becomes of the run."""
+        return self.path / "violated"
+
     def violated_file(self, round: int, replicate: int) -> Path:
-        """What there was when an invariant did not hold."""
-        return self.path / "violated" / f"{round:02}-{replicate}.safetensors"
+        """Where a training's is."""
+        return self.violated_folder / f"{round:02}-{replicate}.safetensors"
 
     @property
     def state_folder(self) -> Path:
@@ -195,7 +200,8 @@ def _is_empty(run: RunDir) -> bool:
     """True if there is nothing, or nothing but what a search that was killed as it began has left."""
     if not run.path.exists():
         return True
-    return run.path.is_dir() and set(run.path.iterdir()) <= {run.lock_file, *files.leftovers(run.path)}
+    of_no_matter = {run.lock_file, run.violated_folder, *files.leftovers(run.path)}
+    return run.path.is_dir() and set(run.path.iterdir()) <= of_no_matter
 
 
 def _names(path: Path, suffix: str = "") -> Iterator[Path]:
