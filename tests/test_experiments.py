@@ -1,5 +1,6 @@
 """What evaluations train, draw and say: against the search itself, against numpy, against figures made by hand."""
 
+import copy
 import dataclasses
 import itertools
 import sys
@@ -14,17 +15,24 @@ from torch import Tensor, nn
 
 from ticketfind import TicketfindError, contents, experiments, masks, results
 from ticketfind.devices import EAGER, Way
-from ticketfind.experiments import Evaluation, arm_count, difference, evaluate, noisy, verdict
+from ticketfind.experiments import Design, Evaluation, default_trials, difference, noisy
 from ticketfind.recipe import Recipe, Train
-from ticketfind.results import Measured, Stats
 from ticketfind.rundir import RunDir
 from ticketfind.ticket import Ticket, load_ticket
-from ticketfind.train import Arm, Task, fit
+from ticketfind.train import Arm, Outcome, Task, fit
+from ticketfind.verdict import verdict
 
 WAYS = [
     "eager",
     pytest.param("processes", marks=pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")),
 ]
+
+
+def evaluate(tickets: list[Ticket], task: Task, how: Train, *, seeds: Any, **more: Any) -> Evaluation:
+    """`tickets`, one or as many as seeds, each trained as often as there are seeds for it."""
+    asked = {name: more.pop(name) for name in ("noise", "weight_noise", "extras", "trained") if name in more}
+    design = Design(tickets=tickets, trials=len(seeds) // len(tickets), **asked)
+    return experiments.evaluate(design, task, how, first_seed=seeds[0], **more)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -106,15 +114,16 @@ def test_what_each_arm_starts_from(
     tickets = [make_ticket(task, seed=seed, iteration=4) for seed in (7, 8)]
     ticks: list[int] = []
     found = evaluate(tickets, task, make_train(), seeds=[7, 8], way=EAGER, noise=[0.5, 2.0], tick=ticks.append)
-    assert list(found.arms) == ["dense", "ticket", "noise=0.5", "noise=2", "reinit", "random"]
+    noisy_ones = ["noise=0.5", "dense noise=0.5", "noise=2", "dense noise=2"]
+    assert list(found.arms) == ["dense", "ticket", *noisy_ones, "reinit", "random"]
     assert all(stats.replicates == 2 for stats in found.arms.values())
-    assert len(trained_arms) == arm_count(2, [0.5, 2.0]) == 12
-    assert sum(ticks) == 2 * (4 * 8 + 2 * 12)  # from iteration 4 but for fresh weights, which know no training
+    assert len(trained_arms) == Design(tickets=tickets, trials=1, noise=[0.5, 2.0]).trainings == 16
+    assert sum(ticks) == 2 * (4 * 8 + 4 * 12)  # from iteration 4 but for fresh weights, which know no training
     for ticket, seed in zip(tickets, (7, 8), strict=True):
         arms = {name: trained_arms[f"{name}, seed {seed}"] for name in found.arms}
         assert {arm.seed for arm in arms.values()} == {seed}
-        assert [arms[name].first for name in found.arms] == [0, 4, 4, 4, 0, 4]
-        assert arms["dense"].masks == {}
+        assert [arms[name].first for name in found.arms] == [0, 4, 4, 0, 4, 0, 0, 4]
+        assert all(arms[name].masks == {} for name in arms if name.startswith("dense"))
         assert same(arms["dense"].start, task.fresh(ticket.first_seed)), "the whole training, as round 0"
         assert all(same(arms[name].start, ticket.init) for name in ("ticket", "random"))
         for name in ("ticket", "noise=0.5", "noise=2", "reinit"):
@@ -161,7 +170,7 @@ def test_all_arms_are_trained_together(
     monkeypatch.setattr(experiments, "fit", spy)
     task = make_task()
     evaluate([make_ticket(task)], task, make_train(iterations=2), seeds=range(2), way=EAGER, noise=[0.5])
-    assert calls == [10]
+    assert calls == [12]
 
 
 # ---------------------------------------------------------------------------------------------- noise
@@ -173,7 +182,7 @@ def test_noise_has_the_standard_deviation_asked_for_layer_by_layer(
 ) -> None:
     """Empirically, within four standard errors; biases and everything else unmasked stay as they are."""
     ticket = make_ticket(make_task(Wide))
-    state = noisy(ticket, level, seed=3)
+    state = noisy(ticket, level, seed=3, weights=ticket.init)
     assert len({round(sigma, 3) for sigma in ticket.about.sigma.values()}) == 3
     for name, value in state.items():
         added = (value - ticket.init[name]).double().numpy()
@@ -192,7 +201,7 @@ def test_noise_uses_the_sigma_of_the_initialization_not_of_the_rewind_point(
 ) -> None:
     ticket = make_ticket(make_task(Wide))
     about = dataclasses.replace(ticket.about, sigma={**ticket.about.sigma, "fc2.weight": 10.0})
-    state = noisy(dataclasses.replace(ticket, about=about), 1.0, seed=0)
+    state = noisy(dataclasses.replace(ticket, about=about), 1.0, seed=0, weights=ticket.init)
     assert float((state["fc2.weight"] - ticket.init["fc2.weight"]).std()) == pytest.approx(10.0, rel=0.02)
 
 
@@ -201,7 +210,7 @@ def test_levels_scale_one_draw_and_seeds_draw_anew(
 ) -> None:
     ticket = make_ticket(make_task(Wide))
     one, twice, other = (
-        noisy(ticket, level, seed)["fc1.weight"] - ticket.init["fc1.weight"]
+        noisy(ticket, level, seed, weights=ticket.init)["fc1.weight"] - ticket.init["fc1.weight"]
         for level, seed in ((1.0, 0), (2.0, 0), (1.0, 1))
     )
     torch.testing.assert_close(2 * one, twice, rtol=1e-4, atol=1e-5)
@@ -213,7 +222,7 @@ def test_no_noise_is_the_ticket(
 ) -> None:
     task = make_task("normed")
     ticket = make_ticket(task)
-    assert same(noisy(ticket, 0.0, seed=3), ticket.init)
+    assert same(noisy(ticket, 0.0, seed=3, weights=ticket.init), ticket.init)
     found = evaluate([ticket], task, make_train(), seeds=[0, 1], way=EAGER, noise=[0.0])
     assert found.arms["noise=0"] == found.arms["ticket"]
 
@@ -233,7 +242,92 @@ def test_noise_needs_sigma(
     ticket = make_ticket(make_task())
     broken = dataclasses.replace(ticket, about=dataclasses.replace(ticket.about, sigma=sigma))
     with pytest.raises(TicketfindError, match=r"sigma: expected a number for fc1\.weight"):
-        noisy(broken, 0.5, seed=0)
+        noisy(broken, 0.5, seed=0, weights=broken.init)
+
+
+def test_noise_on_trained_weights_is_measured_and_not_trained(
+    make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket],
+    trained_arms: dict[str, Arm],
+) -> None:  # fmt: skip
+    """Against a training and an evaluation by hand."""
+    task, how = make_task(), make_train()
+    ticket = make_ticket(task)
+    found = evaluate([ticket], task, how, seeds=[3, 4], way=EAGER, weight_noise=[0.0, 2.0])
+    assert found.arms["weight-noise=0"].accuracy_early == found.arms["ticket"].accuracy_end
+    assert found.arms["dense weight-noise=0"].accuracy_early == found.arms["dense"].accuracy_end
+    assert len(trained_arms) == 8
+    assert task.data is not None
+    expected = []
+    for seed in (3, 4):
+        ((_, outcome),) = fit([trained_arms[f"ticket, seed {seed}"]], task, how, way=EAGER)
+        assert isinstance(outcome, Outcome)
+        model = copy.deepcopy(task.model)
+        state = noisy(ticket, 2.0, seed, outcome.final)
+        model.load_state_dict({n: v * ticket.masks[n] if n in ticket.masks else v for n, v in state.items()})
+        inputs, targets = task.data.test.inputs, task.data.test.targets
+        expected.append(float((model.eval()(inputs).argmax(1) == targets).float().mean()))
+    assert found.arms["weight-noise=2"].accuracy_early.values == pytest.approx(expected)
+
+
+# -------------------------------------------------------------------------------------- further controls
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_masks_drawn_at_once_keep_the_highest_magnitudes(
+    scope: str, make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket],
+    trained_arms: dict[str, Arm],
+) -> None:  # fmt: skip
+    task = make_task()
+    ticket = make_ticket(task)
+    trained = {name: torch.randn_like(value) for name, value in ticket.init.items()}
+    groups = masks.make_groups([*ticket.masks], {"*": 0.2}, scope)
+    extras = ["one-shot", "init-magnitude"]
+    found = evaluate(
+        [ticket], task, make_train(), seeds=[0, 1], way=EAGER, extras=extras, trained=[trained], groups=groups
+    )
+    assert list(found.arms) == ["dense", "ticket", "reinit", "random", *extras]
+    for kind, weights in (("one-shot", trained), ("init-magnitude", ticket.init)):
+        arm = trained_arms[f"{kind}, seed 1"]
+        assert same(arm.start, ticket.init)
+        assert masks.count(arm.masks) == masks.count(ticket.masks)
+        for names in [[*ticket.masks]] if scope == "global" else [[name] for name in ticket.masks]:
+            kept = np.concatenate([arm.masks[name].numpy().ravel() for name in names])
+            ranks = np.concatenate([weights[name].abs().numpy().ravel() for name in names])
+            assert kept.sum() == sum(int(ticket.masks[name].sum()) for name in names)
+            assert ranks[kept].min() >= ranks[~kept].max()
+
+
+def test_one_shot_needs_the_dense_networks_trained_weights(
+    make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket]
+) -> None:
+    task = make_task()
+    found = evaluate([make_ticket(task)], task, make_train(), seeds=[0, 1], way=EAGER, extras=["one-shot"])
+    assert "one-shot" not in found.arms
+    assert "one-shot is left out: the dense network's trained weights are in a run, not in a ticket file" in found.notes
+
+
+# ------------------------------------------------------------------------------------ trials and replicates
+
+
+@pytest.mark.parametrize(("tickets", "is_run", "trials"), [(5, True, 2), (3, True, 4), (1, True, 1), (1, False, 10)])
+def test_ten_trainings_of_each_arm_are_the_rule(tickets: int, is_run: bool, trials: int) -> None:
+    assert default_trials(tickets, is_run) == trials
+
+
+def test_trials_of_one_replicate_count_as_one(
+    make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket]
+) -> None:
+    """Ten trainings of two tickets are two observations: the means over each ticket's trials."""
+    task = make_task()
+    tickets = [make_ticket(task, seed=seed) for seed in (7, 8)]
+    found = evaluate(tickets, task, make_train(), seeds=range(6), way=EAGER)
+    assert found.trials == 3
+    for kind in ("ticket", "random"):
+        assert found.arms[kind].replicates == 2
+    single = [evaluate([ticket], task, make_train(), seeds=range(6), way=EAGER) for ticket in tickets]
+    for number, one in enumerate(single):
+        own = one.arms["ticket"].accuracy_early.values[number::2]  # the seeds that this ticket was trained with
+        assert found.arms["ticket"].accuracy_early.values[number] == pytest.approx(float(np.mean(own)))
 
 
 # ---------------------------------------------------------------------------------------- left out arms
@@ -248,7 +342,7 @@ def test_a_model_whose_weights_ignore_the_seed_has_no_reinit(
     found = evaluate([make_ticket(task)], task, make_train(), seeds=[0, 1], way=EAGER)
     assert list(found.arms) == ["dense", "ticket", "random"]
     assert found.notes[0] == "reinit is left out: the model's factory gives the same weights whatever the seed"
-    assert found.verdict.startswith(("inconclusive", "not matching"))
+    assert found.verdict.text.startswith(("inconclusive", "not matching"))
 
 
 def test_reinit_of_a_checkpoint_is_the_factorys_own_initialization(
@@ -277,10 +371,10 @@ def test_dense_and_random_of_a_compact_ticket(
     full = evaluate([ticket], task, make_train(), **settings)
     own = ("ticket", "noise=0.5", "reinit")
     assert {name: compact.arms[name] for name in own} == {name: full.arms[name] for name in own}
-    assert compact.arms.keys() - own == (set() if checkpoint else {"dense", "random"})
+    assert compact.arms.keys() - own == (set() if checkpoint else {"dense", "dense noise=0.5", "random"})
     how = "are left out" if checkpoint else "start from a fresh initialization"
     assert compact.notes == (f"dense and random {how}: a compact ticket no longer holds the pruned initial weights",)
-    assert compact.verdict.startswith("inconclusive") or not checkpoint
+    assert compact.verdict.text.startswith("inconclusive") or not checkpoint
     assert compact.remaining == full.remaining
 
 
@@ -309,99 +403,6 @@ def test_an_iteration_outside_the_training_is_refused(
 # --------------------------------------------------------------------------------------------- the verdict
 
 
-def stats(*accuracies: float) -> Stats:
-    return Stats.of(
-        [Measured(early_stop=10, accuracy_early=a, accuracy_end=0.123, validation_loss=0.5) for a in accuracies]
-    )
-
-
-DENSE = stats(0.970, 0.975, 0.980)  # sd 0.005
-HIGH = stats(0.969, 0.971, 0.973)
-LOW = stats(0.90, 0.91, 0.92)
-
-
-@pytest.mark.parametrize(
-    ("arms", "tolerance", "expected"),
-    [
-        pytest.param({"dense": DENSE, "ticket": HIGH, "reinit": LOW, "random": LOW}, None, "winning", id="both below"),
-        pytest.param(
-            {"dense": DENSE, "ticket": HIGH, "reinit": HIGH, "random": LOW},
-            None,
-            "matching but not special",
-            id="reinit matches too",
-        ),
-        pytest.param(
-            {"dense": DENSE, "ticket": HIGH, "reinit": LOW, "random": DENSE},
-            None,
-            "matching but not special",
-            id="random matches too",
-        ),
-        pytest.param({"dense": DENSE, "ticket": LOW, "reinit": LOW, "random": LOW}, None, "not matching", id="low"),
-        pytest.param(
-            {"dense": DENSE, "ticket": LOW, "reinit": LOW, "random": LOW},
-            10,
-            "matching but not special",
-            id="a wide tolerance",
-        ),
-        pytest.param(
-            {"dense": DENSE, "ticket": HIGH, "reinit": LOW, "random": LOW}, 0.1, "not matching", id="a narrow tolerance"
-        ),
-        pytest.param(
-            {"dense": DENSE, "ticket": HIGH, "reinit": LOW, "random": stats(0.90, 0.97, 0.96)},
-            None,
-            "inconclusive",
-            id="random is below, but scatters",
-        ),
-        pytest.param({"dense": DENSE, "ticket": HIGH, "random": LOW}, None, "inconclusive", id="no reinit"),
-        pytest.param({"ticket": HIGH, "reinit": LOW}, None, "inconclusive", id="no dense"),
-        pytest.param(
-            {name: stats(0.97) for name in ("dense", "ticket", "reinit", "random")},
-            None,
-            "inconclusive",
-            id="one trial",
-        ),
-        pytest.param(
-            {"dense": stats(0.97), "ticket": stats(0.5), "reinit": stats(0.5), "random": stats(0.5)},
-            None,
-            "not matching",
-            id="one trial, far below",
-        ),
-    ],
-)
-def test_verdicts(arms: dict[str, Stats], tolerance: float | None, expected: str) -> None:
-    assert verdict(arms, 0.05, tolerance=tolerance, test_size=400).startswith(f"{expected}: ")
-
-
-@pytest.mark.parametrize(("below", "expected"), [(0.0049, "winning"), (0.0051, "not matching")])
-def test_the_tolerance_is_one_standard_deviation_of_the_dense_replicates(below: float, expected: str) -> None:
-    ticket = stats(*(value - below for value in (0.974, 0.975, 0.976)))
-    arms = {"dense": DENSE, "ticket": ticket, "reinit": LOW, "random": LOW}
-    assert verdict(arms, 0.05, tolerance=None, test_size=400).startswith(expected)
-
-
-@pytest.mark.parametrize(("distance", "expected"), [(0.0138, "inconclusive"), (0.0140, "winning")])
-def test_a_control_is_beaten_by_welchs_test(distance: float, expected: str) -> None:
-    """A standard error of 0.005 with 4 degrees of freedom, for which t is 2.776: 0.01388."""
-    spread = 0.005 * 3**0.5 / 2**0.5  # sd / sqrt(3) = 0.005 / sqrt(2); two such make 0.005
-    ticket = stats(0.975 - spread, 0.975, 0.975 + spread)
-    control = stats(*(value - distance for value in (0.975 - spread, 0.975, 0.975 + spread)))
-    arms = {"dense": DENSE, "ticket": ticket, "reinit": control, "random": LOW}
-    assert verdict(arms, 0.05, tolerance=None, test_size=400).startswith(expected)
-
-
-def test_no_spread_is_no_certainty() -> None:
-    """Two trials that agree to the image: one image more is no victory."""
-    arms = {"dense": DENSE, "ticket": stats(0.975, 0.975), "reinit": stats(0.9725, 0.9725), "random": LOW}
-    assert verdict(arms, 0.05, tolerance=None, test_size=400).startswith(("inconclusive", "matching"))
-
-
-def test_a_verdict_gives_the_figures() -> None:
-    arms = {"dense": DENSE, "ticket": HIGH, "reinit": LOW, "random": LOW}
-    text = verdict(arms, 0.0363, tolerance=None, test_size=400)
-    assert "3.63 % of the weights reach 97.10 ± 0.20 %, the dense network 97.50 ± 0.50 %" in text
-    assert "reinit 91.00 ± 1.00 %" in text
-
-
 def test_an_evaluation_says_what_its_figures_say(
     make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket]
 ) -> None:
@@ -409,7 +410,7 @@ def test_an_evaluation_says_what_its_figures_say(
     found = evaluate([make_ticket(task)], task, make_train(), seeds=[0, 1], way=EAGER, tolerance=100)
     assert isinstance(found, Evaluation)
     assert found.verdict == verdict(found.arms, found.remaining, tolerance=100, test_size=60)
-    assert found.verdict.startswith(("winning", "matching but not special"))
+    assert found.verdict.text.startswith(("winning", "matching but not special"))
 
 
 # ------------------------------------------------------------------------------------------- difference

@@ -109,11 +109,15 @@ def _resumable(run: "RunDir", screen: "Screen") -> Iterator[None]:
 
 
 @app.command("eval")
-@options.for_recipe("model", "model_arg", "data", "data_arg", "seed", "device", "precision", "engine", "arms_at_once")
+@options.for_recipe(
+    "model", "model_arg", "data", "data_arg", "seed", "tolerance", "device", "precision", "engine", "arms_at_once"
+)
 def evaluate(
     *,
     target: options.TicketOrRun = None,
     noise: options.Noise = None,
+    weight_noise: options.WeightNoise = None,
+    control: options.Controls = None,
     trials: options.Trials = None,
     round: options.Round = None,
     settings: options.Settings,
@@ -123,10 +127,11 @@ def evaluate(
 ) -> None:
     """Train the ticket, its noisy twins and its controls (dense, reinit, random) alike, and compare.
 
-    A ticket file is enough: its recipe is inside it.
+    A ticket file is enough: its recipe is inside it. The answer is winning, matching but not special, not matching, or
+    inconclusive.
     """
     began = time.monotonic()
-    from ticketfind import assemble, contents, devices, experiments, files, terminal, views
+    from ticketfind import assemble, contents, devices, experiments, files, masks, terminal, views
     from ticketfind.ticket import load_ticket
 
     screen = terminal.Screen(as_json=as_json, quiet=quiet)
@@ -134,16 +139,19 @@ def evaluate(
     tickets = [load_ticket(str(target))] if run is None else contents.tickets(run, round)
     if run is None and round is not None:
         raise typer.BadParameter("--round is for a run; a ticket file is one ticket")
-    if run is not None and trials is not None:
-        raise typer.BadParameter("--trials is for a ticket file; a run has its replicates")
-    count = len(tickets) if run is not None else trials or 5
+    extras = [each.value for each in dict.fromkeys(control or ())]
+    design = experiments.Design(
+        tickets=tickets,
+        trials=trials or experiments.default_trials(len(tickets), run is not None),
+        noise=sorted(set(noise or ())),
+        weight_noise=sorted(set(weight_noise or ())),
+        extras=extras,
+        trained=contents.dense_weights(run, tickets) if run is not None and "one-shot" in extras else (),
+    )
     seed = settings.pop("run.seed", None)  # of the trials; the recipe's own decides which examples are held out
-    levels = sorted(set(noise or []))
-    arms = experiments.arm_count(count, levels)
     trusted = trust or run is not None
-    own = tickets[0].about.recipe
+    own, arms = tickets[0].about.recipe, design.trainings
     resolved, task = assemble.of_ticket(own, settings, where=target, elsewhere=run is None, trusted=trusted, arms=arms)
-    first = resolved.run.seed if seed is None else seed
     with (
         signals.training(),
         terminal.Progress(screen, "training", signals.heed) as progress,
@@ -151,12 +159,12 @@ def evaluate(
     ):
         progress.begin(arms * int(resolved.train.iterations), 0)
         found = experiments.evaluate(
-            tickets,
+            design,
             task,
             resolved.train,
-            seeds=range(first, first + count),
+            first_seed=experiments.unseen_seed(resolved.run) if seed is None else seed,
             way=devices.Way.of(resolved.run),
-            noise=levels,
+            groups=masks.make_groups([*tickets[0].masks], resolved.prune.fraction, resolved.prune.scope),
             tolerance=resolved.run.tolerance,
             tick=progress.tick,
             folder=Path(folder),

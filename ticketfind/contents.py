@@ -2,9 +2,11 @@
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ticketfind import TicketfindError, __version__, results
 from ticketfind.recipe import Recipe
@@ -41,6 +43,14 @@ def load(run: RunDir, round: int, replicate: int) -> Ticket:
         **json.loads(metadata["ticketfind"]),
     )
     return Ticket(mask, start, about)
+
+
+def dense_weights(run: RunDir, found: Sequence[Ticket]) -> list[dict[str, Tensor]]:
+    """What the dense network of each ticket's replicate had after its training; none in a run of an earlier version."""
+    there = [run.trained_file(ticket.about.replicate) for ticket in found]
+    if not all(file.exists() for file in there):
+        return []
+    return [read_tensors(file, "trained weights")[0] for file in there]
 
 
 def _no_round(run: RunDir, rounds: list[results.Round], round: int) -> TicketfindError:

@@ -1,22 +1,70 @@
 """One function per question asked of a ticket; each returns a plain dataclass."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ticketfind import TicketfindError, masks, results
+from ticketfind import TicketfindError, masks, results, student
 from ticketfind.batches import derived_seed
 from ticketfind.course import Failed
 from ticketfind.devices import EAGER, Way
 from ticketfind.forks import Tick
-from ticketfind.recipe import Train
-from ticketfind.results import Stats
+from ticketfind.recipe import Run, Train
+from ticketfind.results import Measured, Stats
 from ticketfind.ticket import Ticket
-from ticketfind.train import Arm, State, Task, check_memory, fit
+from ticketfind.train import Arm, State, Task, check_memory, fit, judge
+from ticketfind.verdict import CONTROLS, Verdict, verdict
+
+EXTRAS = ("one-shot", "init-magnitude")
+"""Controls that are trained where they are asked for: pruned once to the ticket's density, by the magnitude of the
+dense network's trained weights (the paper's figure 4) or of its weights at iteration 0 (its appendix F.4)."""
+TRAININGS = 10
+"""Trainings of an arm, where nothing else is asked for. With five replicates, two each, bare `search` and `eval` on
+digits end in a verdict (docs/evidence.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Design:
+    """What an evaluation trains."""
+
+    tickets: Sequence[Ticket]
+    """One for each replicate of a run, or a single one, of which each trial then counts as a replicate."""
+    trials: int
+    """Trainings of each ticket, and of everything beside it, with different data orders."""
+    noise: Sequence[float] = ()
+    """Levels s: each initial weight gets Gaussian noise of standard deviation s * sigma, sigma that of its layer's
+    initialization (the paper's appendix F.7), and is trained; of the ticket and of the dense network."""
+    weight_noise: Sequence[float] = ()
+    """The same noise on the trained weights, which are then measured as they are."""
+    extras: Sequence[str] = ()
+    """Of EXTRAS."""
+    trained: Sequence[State] = ()
+    """For one-shot: the dense network's trained weights of each ticket's replicate."""
+
+    @property
+    def trainings(self) -> int:
+        """Trainings, if none is left out."""
+        kinds = 2 * (1 + len(self.noise)) + len(CONTROLS) + len(self.extras)
+        return len(self.tickets) * self.trials * kinds
+
+    def replicate(self, trial: int) -> int:
+        """Which replicate's mean a trial, counted over all tickets, goes into."""
+        return trial % len(self.tickets) if len(self.tickets) > 1 else trial
+
+
+def default_trials(tickets: int, is_run: bool) -> int:
+    """Trainings of each ticket where nothing else is asked for. A run with one replicate cannot give a verdict: one."""
+    return 1 if is_run and tickets == 1 else math.ceil(TRAININGS / tickets)
+
+
+def unseen_seed(run: Run) -> int:
+    """The seed of the first trial where none is asked for: behind those of the search, so that no data order is one
+    that the choice of the round has seen."""
+    return run.seed + run.replicates
 
 
 @dataclass(frozen=True)
@@ -26,110 +74,172 @@ class Evaluation:
     remaining: float
     """Weights remaining, a fraction."""
     arms: dict[str, Stats]
-    """dense, ticket, noise=S, reinit, random, as far as they could be trained."""
-    verdict: str
-    """Begins with: winning, matching but not special, not matching, or inconclusive."""
+    """dense, ticket, noise=S, dense noise=S, reinit, random, one-shot, init-magnitude, weight-noise=S, dense
+    weight-noise=S, as far as they could be trained. A replicate's value is the mean over its trials."""
+    trials: int
+    """Trainings of each replicate."""
+    verdict: Verdict
     notes: tuple[str, ...]
     """What was left out, and why."""
 
 
+@dataclass(frozen=True)
+class _Case:
+    """One ticket in one trial."""
+
+    ticket: Ticket
+    seed: int
+    """Of the data order and of all that is drawn."""
+    replicate: int
+    """Which replicate's mean its figures go into."""
+    trained: State | None
+
+
 def evaluate(
-    tickets: Sequence[Ticket],
+    design: Design,
     task: Task,
     how: Train,
     *,
-    seeds: Sequence[int],
+    first_seed: int,
     way: Way = EAGER,
-    noise: Sequence[float] = (),
+    groups: Sequence[masks.Group] = (),
     tolerance: float | None = None,
     tick: Tick = lambda n: None,
     folder: Path | None = None,
 ) -> Evaluation:
-    """Train `tickets`, dense, noisy and control arms, one of each for every seed, in one `fit`; compare.
+    """Train the tickets, the dense network, noisy twins and controls, in one `fit`; compare.
 
-    tickets: one per seed, or one for all seeds. noise: levels s; each initial weight gets Gaussian noise of standard
-    deviation s * sigma, sigma that of its layer's initialization (the paper's appendix F.7), and is trained. folder:
-    for the files of an outside program that trains.
+    first_seed: of the first trial; the others follow. groups: what is ranked together in `design.extras`. folder: for
+    the files of an outside program that trains.
     Raises TicketfindError where the ticket does not fit the task's model.
     """
-    tickets = [*tickets] if len(tickets) > 1 else [*tickets] * len(seeds)
-    arms, notes = _arms(tickets, task, how, seeds, noise)
+    for ticket in design.tickets:
+        _check(ticket, task, how)
+    of = len(design.tickets)
+    cases = [
+        _Case(
+            design.tickets[trial % of],
+            first_seed + trial,
+            design.replicate(trial),
+            design.trained[trial % of] if design.trained else None,
+        )
+        for trial in range(of * design.trials)
+    ]
+    arms, notes = _arms(design, cases, task, groups)
     check_memory(task, how, way, len(arms))
-    measured: dict[str, list[results.Measured]] = {}
+    measured: dict[str, dict[int, list[Measured]]] = {}
     test_size = None
-    trainings = fit([arm for _, arm in arms], task, how, way=way, tick=tick, note=notes.append, folder=folder)
-    with closing(trainings) as trained:
-        for (kind, _), (arm, outcome) in zip(arms, trained, strict=True):
+    trainings = fit([arm for _, arm, _ in arms], task, how, way=way, tick=tick, note=notes.append, folder=folder)
+    with closing(trainings) as outcomes:
+        for (kind, _, case), (arm, outcome) in zip(arms, outcomes, strict=True):
             if isinstance(outcome, Failed):
                 notes.append(f"{arm.name}: {outcome.reason}; it is left out")
                 continue
-            measured.setdefault(kind, []).append(outcome.measured)
+            measured.setdefault(kind, {}).setdefault(case.replicate, []).append(outcome.measured)
             test_size = outcome.test_size
+            if kind in ("ticket", "dense") and task.data is not None:
+                for level, found in _shaken(design, case, arm, outcome.final, task, how):
+                    name = f"weight-noise={level:g}" if kind == "ticket" else f"dense weight-noise={level:g}"
+                    measured.setdefault(name, {}).setdefault(case.replicate, []).append(found)
             for file in folder.rglob("*.safetensors") if folder else ():
                 file.unlink()  # a program's weights, which have been read: those of all arms may fill a disk
-    stats = {name: Stats.of(found) for name, found in measured.items()}
+    stats = {
+        name: Stats.of([results.average(trials) for _, trials in sorted(found.items())])
+        for name, found in measured.items()
+    }
     if "ticket" not in stats:
         raise TicketfindError(f"every training of the ticket failed; the last: {notes[-1]}")
     if task.chance is not None and how.metric is None:
         low = [name for name, found in stats.items() if results.is_chance(found, task.chance, test_size)]
         notes += [f"{name} is at chance level ({task.chance:.1%}): nothing was learned" for name in low]
+    remaining = design.tickets[0].remaining
     return Evaluation(
-        remaining=tickets[0].remaining,
+        remaining=remaining,
         arms=stats,
-        verdict=verdict(stats, tickets[0].remaining, tolerance=tolerance, test_size=test_size),
+        trials=design.trials if of > 1 else 1,
+        verdict=verdict(stats, remaining, tolerance=tolerance, test_size=test_size),
         notes=tuple(notes),
     )
 
 
-def arm_count(seeds: int, noise: Sequence[float]) -> int:
-    """Trainings of an evaluation, if none is left out."""
-    return seeds * (2 + len(noise) + len(CONTROLS))
+def _shaken(
+    design: Design, case: _Case, arm: Arm, final: State, task: Task, how: Train
+) -> Iterator[tuple[float, Measured]]:
+    """Trained weights with noise on those that the mask keeps, measured."""
+    for level in design.weight_noise:
+        state = masks.masked(noisy(case.ticket, level, case.seed, final), arm.masks)
+        ((_, outcome),) = judge([(arm, state)], task, how)
+        if not isinstance(outcome, Failed):
+            yield level, outcome.measured
 
 
 def _arms(
-    tickets: Sequence[Ticket], task: Task, how: Train, seeds: Sequence[int], noise: Sequence[float]
-) -> tuple[list[tuple[str, Arm]], list[str]]:
-    """The arms, each with its kind (a key of `Evaluation.arms`), and notes on those left out."""
-    for ticket in tickets:
-        _check(ticket, task, how)
+    design: Design, cases: Sequence[_Case], task: Task, groups: Sequence[masks.Group]
+) -> tuple[list[tuple[str, Arm, _Case]], list[str]]:
+    """The arms, each with its kind (a key of `Evaluation.arms`) and its case, and notes on those left out."""
     notes = []
-    fresh = _why_no_original(tickets[0])
-    original = not (fresh and tickets[0].from_checkpoint)
+    fresh = _why_no_original(design.tickets[0])
+    original = not (fresh and design.tickets[0].from_checkpoint)
     if fresh:
         instead = "start from a fresh initialization" if original else "are left out"
         notes.append(f"dense and random {instead}: {fresh}")
-    reinit = _depends_on_seed(task, tickets[0])
+    reinit = _depends_on_seed(task, design.tickets[0])
     if not reinit:
         notes.append("reinit is left out: the model's factory gives the same weights whatever the seed")
-    arms: list[tuple[str, Arm]] = []
+    arms: list[tuple[str, Arm, _Case]] = []
 
-    def add(kind: str, seed: int, start: State, mask: masks.Masks, first: int) -> None:
-        replicate = seeds.index(seed)
-        arms.append((kind, Arm(f"{kind}, seed {seed}", start, mask, seed, first, tickets[0].about.round, replicate)))
+    def add(kind: str, case: _Case, start: State, mask: masks.Masks, first: int) -> None:
+        about = case.ticket.about
+        name = f"{kind}, seed {case.seed}"
+        arms.append((kind, Arm(name, start, mask, case.seed, first, about.round, case.replicate), case))
 
-    def add_original(kind: str, ticket: Ticket, seed: int, mask: masks.Masks) -> None:
+    def dense(case: _Case) -> tuple[State, int]:
+        """Where the dense network starts."""
+        ticket = case.ticket
         if fresh:
-            add(kind, seed, task.fresh(seed), mask, 0)
-        else:
-            add(kind, seed, ticket.init, mask, ticket.about.iteration)
-
-    pairs = list(zip(tickets, seeds, strict=True))
-    for ticket, seed in pairs if original else ():
+            return task.fresh(case.seed), 0
         if ticket.about.iteration and not ticket.from_checkpoint:  # the whole training, as the search's round 0
-            add("dense", seed, task.fresh(ticket.first_seed), {}, 0)
-        else:
-            add_original("dense", ticket, seed, {})
-    for ticket, seed in pairs:
-        add("ticket", seed, ticket.init, ticket.masks, ticket.about.iteration)
-    for level in noise:
-        for ticket, seed in pairs:
-            add(f"noise={level:g}", seed, noisy(ticket, level, seed), ticket.masks, ticket.about.iteration)
-    for ticket, seed in pairs if reinit else ():
-        add("reinit", seed, task.fresh(derived_seed(seed, "reinit")), ticket.masks, 0)
-    for ticket, seed in pairs if original else ():
-        drawn = masks.random_like(ticket.masks, seed=derived_seed(seed, "random"))
-        add_original("random", ticket, seed, drawn)
+            return task.fresh(ticket.first_seed), 0
+        return ticket.init, ticket.about.iteration
+
+    def original_weights(case: _Case) -> tuple[State, int]:
+        return (task.fresh(case.seed), 0) if fresh else (case.ticket.init, case.ticket.about.iteration)
+
+    for case in cases if original else ():
+        start, first = dense(case)
+        add("dense", case, start, {}, first)
+    for case in cases:
+        add("ticket", case, case.ticket.init, case.ticket.masks, case.ticket.about.iteration)
+    for level in design.noise:
+        for case in cases:
+            start = noisy(case.ticket, level, case.seed, case.ticket.init)
+            add(f"noise={level:g}", case, start, case.ticket.masks, case.ticket.about.iteration)
+        for case in cases if original else ():
+            start, first = dense(case)
+            add(f"dense noise={level:g}", case, noisy(case.ticket, level, case.seed, start), {}, first)
+    for case in cases if reinit else ():
+        add("reinit", case, task.fresh(derived_seed(case.seed, "reinit")), case.ticket.masks, 0)
+    for case in cases if original else ():
+        start, first = original_weights(case)
+        add("random", case, start, masks.random_like(case.ticket.masks, seed=derived_seed(case.seed, "random")), first)
+    for kind in design.extras:
+        for case in cases if original and not fresh else ():
+            weights = _ranked_by(kind, case, task)
+            if weights is not None:
+                start, first = original_weights(case)
+                add(kind, case, start, masks.magnitude_like(case.ticket.masks, weights, groups), first)
+        if all(found != kind for found, _, _ in arms):
+            why = fresh or "the dense network's trained weights are in a run, not in a ticket file"
+            notes.append(f"{kind} is left out: {why}")
     return arms, notes
+
+
+def _ranked_by(kind: str, case: _Case, task: Task) -> State | None:
+    """The weights whose magnitude a control's mask is drawn by."""
+    if kind == "one-shot":
+        return case.trained
+    ticket = case.ticket
+    return ticket.init if ticket.about.iteration == 0 or ticket.from_checkpoint else task.fresh(ticket.first_seed)
 
 
 def _why_no_original(ticket: Ticket) -> str | None:
@@ -146,13 +256,14 @@ def _depends_on_seed(task: Task, ticket: Ticket) -> bool:
     return any(not torch.equal(one[name], other[name]) for name in ticket.masks)
 
 
-def noisy(ticket: Ticket, level: float, seed: int) -> State:
-    """The ticket's initial weights plus Gaussian noise of `level` times sigma (the paper's appendix F.7).
+def noisy(ticket: Ticket, level: float, seed: int, weights: State) -> State:
+    """`weights` plus Gaussian noise of `level` times sigma on the ticket's prunable ones (the paper's appendix F.7).
 
-    Only masked parameters are disturbed. The same seed draws the same direction for every level.
+    sigma: the standard deviation of that layer's initialization. The same seed draws the same direction for every
+    level.
     """
     generator = torch.Generator().manual_seed(derived_seed(seed, "noise"))
-    state = dict(ticket.init)
+    state = dict(weights)
     for name in ticket.masks:
         draw = torch.randn(state[name].shape, generator=generator)
         sigma = ticket.about.sigma.get(name)
@@ -201,7 +312,7 @@ def retrain(
     least = 1 / outcome.test_size if outcome.test_size else 1e-6
     n, p = len(claimed.values), min(max(claimed.mean, 0.0), 1.0)
     if claimed.sd:
-        width = _T_975[min(n - 1, len(_T_975)) - 1] * claimed.sd * math.sqrt(1 + 1 / n)
+        width = student.quantile(0.975, n - 1) * claimed.sd * math.sqrt(1 + 1 / n)
     else:
         width = 1.96 * math.sqrt(p * (1 - p) * least)
     width = max(width, least) + 1e-9
@@ -227,65 +338,6 @@ def _check(ticket: Ticket, task: Task, how: Train) -> None:
             f"ticket metadata iteration: expected 0 to {iterations - 1}, before the training's end,"
             f" found {ticket.about.iteration}"
         )
-
-
-CONTROLS = ("reinit", "random")
-
-
-def verdict(arms: dict[str, Stats], remaining: float, *, tolerance: float | None, test_size: int | None) -> str:
-    """What the figures say, in words.
-
-    The ticket matches where its mean test accuracy at early stop is at most the tolerance below the dense mean. It
-    beats a control where the difference of means exceeds two standard errors of the difference (Welch).
-    """
-    ticket, dense = arms["ticket"], arms.get("dense")
-    share = f"{100 * remaining:.3g} % of the weights"
-    if dense is None:
-        return "inconclusive: without the dense network there is nothing to match"
-    figures = f"{share} reach {_percent(ticket)}, the dense network {_percent(dense)}"
-    if not results.is_matching(ticket, dense, results.tolerance(dense, tolerance, test_size)):
-        return f"not matching: {figures}"
-    if ticket.replicates < 2:
-        return (
-            f"inconclusive: {figures}, in a single trial;"
-            " search with more --replicates, or give the ticket file and --trials"
-        )
-    missing = [name for name in CONTROLS if name not in arms]
-    if missing:
-        return f"inconclusive: {figures}; not compared with {' and '.join(missing)}"
-    controls = ", ".join(f"{name} {_percent(arms[name])}" for name in CONTROLS)
-    beaten = [name for name in CONTROLS if _clearly_above(ticket, arms[name], test_size)]
-    if len(beaten) == len(CONTROLS):
-        return f"winning: {figures}; the controls stay below ({controls})"
-    equal = [
-        name
-        for name in CONTROLS
-        if results.is_matching(arms[name], dense, results.tolerance(dense, tolerance, test_size))
-    ]
-    if equal:
-        verb = "does" if len(equal) == 1 else "do"
-        return f"matching but not special: {figures}; so {verb} {' and '.join(equal)} ({controls})"
-    unclear = " and ".join(name for name in CONTROLS if name not in beaten)
-    return f"inconclusive: {figures}; not clearly above {unclear} ({controls}), which more replicates may settle"
-
-
-_T_975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""97.5 % points of Student's t for 1, 2, ... degrees of freedom; from 16 on the last is used."""
-
-
-def _clearly_above(a: Stats, b: Stats, test_size: int | None) -> bool:
-    """Welch's test (Welch 1947) at 2.5 %, one-sided; no spread is taken for smaller than one test example."""
-    least = 1 / test_size if test_size else 1e-6
-    terms = [(max(s.accuracy_early.sd or 0.0, least) ** 2 / s.replicates, s.replicates - 1) for s in (a, b)]
-    variance = sum(term for term, _ in terms)
-    freedom = variance**2 / sum(term**2 / degrees for term, degrees in terms)
-    quantile = _T_975[min(max(int(freedom), 1), len(_T_975)) - 1]
-    return a.accuracy_early.mean - b.accuracy_early.mean > quantile * math.sqrt(variance)
-
-
-def _percent(stats: Stats) -> str:
-    early = stats.accuracy_early
-    return f"{100 * early.mean:.2f}" + (f" ± {100 * early.sd:.2f} %" if early.sd is not None else " %")
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,17 @@ def random_like(masks: Masks, *, seed: int) -> Masks:
     return drawn
 
 
+def magnitude_like(masks: Masks, weights: Weights, groups: Sequence[Group]) -> Masks:
+    """Masks that keep as many weights of each group as `masks` do: those of the highest magnitude in `weights`."""
+    drawn = dict(masks)
+    for group in groups:
+        scores = [weights[name].abs() for name in group.names]
+        left = sum(int(masks[name].sum()) for name in group.names)
+        kept = keep_highest(scores, [torch.ones_like(masks[name]) for name in group.names], left)
+        drawn.update(zip(group.names, kept, strict=True))
+    return drawn
+
+
 def remaining(masks: Masks) -> float:
     """Weights remaining, as a fraction of the prunable weights."""
     return count(masks) / sum(mask.numel() for mask in masks.values())

@@ -18,6 +18,13 @@ class ExportFormat(str, Enum):
     torch_prune = "torch-prune"
 
 
+class ExtraControl(str, Enum):
+    """What `eval` trains where it is asked for; `experiments.EXTRAS`."""
+
+    one_shot = "one-shot"
+    init_magnitude = "init-magnitude"
+
+
 def _option(flag: str, help: str, **more: Any) -> Any:
     return typer.Option(flag, help=help, **more)
 
@@ -113,7 +120,8 @@ Snapshot = Annotated[
 Tolerance = Annotated[
     Real,
     _option(
-        "--tolerance", "Points below the dense accuracy that still match; default: one sd of the dense replicates."
+        "--tolerance",
+        "Points below the dense accuracy that still match; default: by the spread of the dense replicates.",
     ),
 ]
 Device = Annotated[Text, _option("--device", "auto, cpu, cuda, cuda:1.")]
@@ -155,8 +163,19 @@ Noise = Annotated[
         min=0,
     ),
 ]
+WeightNoise = Annotated[
+    list[float] | None,
+    _option("--weight-noise", "The same noise on the trained weights, which are not trained again; repeatable.", min=0),
+]
+Controls = Annotated[
+    list[ExtraControl] | None,
+    _option(
+        "--control",
+        "A further control: pruned once to the same density, by the trained dense weights or by the initial ones.",
+    ),
+]
 Trials = Annotated[
-    Whole, _option("--trials", "Trials of a ticket file, 5 unless given; a run has its replicates.", min=1)
+    Whole, _option("--trials", "Trainings of each ticket; default: as many as make ten over a run's replicates.", min=1)
 ]
 Trust = Annotated[bool, _option("--trust", "Import the code that a ticket file names.")]
 Retrain = Annotated[bool, _option("--retrain", "Train the ticket, and compare with the accuracy that it claims.")]

@@ -3,17 +3,17 @@
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from ticketfind import TicketfindError
+from ticketfind import TicketfindError, student
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """One finished training in four numbers. Accuracies are fractions, on the test set."""
 
-    early_stop: int
+    early_stop: float
     """Iteration of the minimum validation loss, found afterwards."""
     accuracy_early: float
     """Test accuracy there."""
@@ -21,6 +21,17 @@ class Measured:
     """Test accuracy after the last iteration."""
     validation_loss: float | None
     """The minimum itself; None where a training of the user's own does not tell it."""
+
+
+def average(measured: Sequence[Measured]) -> Measured:
+    """Trainings of one replicate as one: what its values are the mean of."""
+    losses = [m.validation_loss for m in measured if m.validation_loss is not None]
+    return Measured(
+        early_stop=statistics.fmean(m.early_stop for m in measured),
+        accuracy_early=statistics.fmean(m.accuracy_early for m in measured),
+        accuracy_end=statistics.fmean(m.accuracy_end for m in measured),
+        validation_loss=statistics.fmean(losses) if len(losses) == len(measured) else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,15 @@ class Spread:
         """The spread of at least one value."""
         found = tuple(values)
         return cls(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, found)
+
+    @property
+    def interval(self) -> student.Interval | None:
+        """The 95 % interval for the mean (Student); None for one value."""
+        return student.mean_interval(self.values)
+
+    def json(self) -> dict[str, Any]:
+        """SPREAD of docs/json.md."""
+        return {"mean": self.mean, "sd": self.sd, "interval": self.interval, "values": self.values}
 
 
 @dataclass(frozen=True)
@@ -62,7 +82,8 @@ class Stats:
 
     def json(self) -> dict[str, Any]:
         """STATS of docs/json.md."""
-        return {**asdict(self), "replicates": self.replicates}
+        spreads = ("accuracy_early", "accuracy_end", "early_stop")
+        return {**{name: getattr(self, name).json() for name in spreads}, "replicates": self.replicates}
 
 
 def tolerance(dense: Stats, given: float | None, test_size: int | None) -> float:

@@ -23,7 +23,7 @@ try:
 except ImportError:  # Windows: nobody is kept out
     fcntl = None  # type: ignore[assignment]
 
-_FOLDERS = ("init", "masks", "state")
+_FOLDERS = ("init", "masks", "trained", "state")
 """What a search writes to, in a run directory."""
 
 RUNS = Path("runs")
@@ -68,6 +68,10 @@ class RunDir:
             / "init"
             / (f"{replicate}.safetensors" if round is None else f"{round:02}-{replicate}.safetensors")
         )
+
+    def trained_file(self, replicate: int) -> Path:
+        """Weights and buffers that a replicate's dense training, round 0, ended with."""
+        return self.path / "trained" / f"{replicate}.safetensors"
 
     def mask_file(self, round: int, replicate: int) -> Path:
         """The masks that a round trains under."""

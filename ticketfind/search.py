@@ -1,5 +1,6 @@
 """Iterative magnitude pruning (arXiv 1803.03635, section 2): train, prune, rewind, again; resumable."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Generator, Mapping, Sequence, Set
@@ -227,7 +228,8 @@ class _Job:
         """The arms of a round, each with its outcome; weights that are trained already stand for round 0."""
         how = self.recipe.train
         if round == 0 and self.task.trained:
-            return judge(arms, self.task, how)
+            named = (dataclasses.replace(arm, name=f"{arm.name}, from model.trained") for arm in arms)
+            return judge(((arm, {**arm.start, **self.task.trained}) for arm in named), self.task, how)
         return fit(
             arms,
             self.task,

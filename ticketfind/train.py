@@ -1,6 +1,5 @@
 """Training arms and measuring them: schedule of evaluations, early stop, metrics. Knows no rounds and no disk."""
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -209,14 +208,14 @@ def _faults_of(arms: Sequence[Arm], task: Task, how: Train, at_once: int = 1) ->
         ) from error
 
 
-def judge(arms: Iterable[Arm], task: Task, how: Train) -> Generator[tuple[Arm, Outcome | Failed], None, None]:
-    """Every arm with the outcome that `task.trained`, weights from elsewhere, stand for; measured, not trained."""
-    for arm in arms:
-        named = dataclasses.replace(arm, name=f"{arm.name}, from model.trained")
-        start = {**arm.start, **task.trained}
-        with _faults_of([named], task, how), devices.arithmetic(EAGER, task.device, task.model):
-            training = engine.begin(EAGER, task.model, [(start, arm.masks)], list, how, task.loss, device=task.device)
-            began = _digests(training, task.model, [(named.name, start, arm.masks)])
+def judge(
+    arms: Iterable[tuple[Arm, State]], task: Task, how: Train
+) -> Generator[tuple[Arm, Outcome | Failed], None, None]:
+    """Every arm with the outcome that given weights, in place of its training, stand for; measured, not trained."""
+    for arm, weights in arms:
+        with _faults_of([arm], task, how), devices.arithmetic(EAGER, task.device, task.model):
+            training = engine.begin(EAGER, task.model, [(weights, arm.masks)], list, how, task.loss, device=task.device)
+            began = _digests(training, task.model, [(arm.name, weights, arm.masks)])
             course = Course.new(int(how.iterations), began)
             course.kept = [arm.start]
             _measure(training, task, how, course, lambda: None)

@@ -4,7 +4,7 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ticketfind.rundir import RunDir
     from ticketfind.search import Plan
     from ticketfind.ticket import Ticket
+    from ticketfind.verdict import Comparison
     from ticketfind.verify import Check
 
 
@@ -107,8 +108,11 @@ def evaluation_json(found: "Evaluation", ticket: str, seconds: float) -> dict[st
     return {
         "ticket": ticket,
         "remaining": found.remaining,
+        "trials": found.trials,
         "arms": {name: stats.json() for name, stats in found.arms.items()},
-        "verdict": found.verdict,
+        "comparisons": [asdict(comparison) for comparison in found.verdict.comparisons],
+        "margin": found.verdict.margin,
+        "verdict": found.verdict.text,
         "notes": list(found.notes),
         "seconds": seconds,
     }
@@ -118,13 +122,23 @@ def show_evaluation(screen: Screen, found: "Evaluation", described: Mapping[str,
     """`eval`."""
     for note in found.notes:
         screen.message(note)
-    rows = [_arm_row(name, stats) for name, stats in found.arms.items()]
-    screen.print(_table(("", "at early stop", "at the end", "stops at"), rows))
-    screen.result(found.verdict, described)
+    to_ticket = {c.other: c for c in found.verdict.comparisons if c.arm == "ticket"}
+    rows = [_arm_row(name, stats, to_ticket.get(name)) for name, stats in found.arms.items()]
+    columns = ("", "at early stop", "at the end", "stops at", "ticket above it by")
+    shown = (0, 1, 4) if screen.console.width < 72 else (0, 1, 3, 4) if screen.console.width < 88 else range(5)
+    screen.print(_table([columns[n] for n in shown], [[row[n] for n in shown] for row in rows]))
+    screen.result(found.verdict.text, described)
 
 
-def _arm_row(name: str, stats: Stats) -> tuple[str, ...]:
-    return name, spread(stats.accuracy_early), spread(stats.accuracy_end), f"{stats.early_stop.mean:,.0f}"
+def _arm_row(name: str, stats: Stats, to_ticket: "Comparison | None") -> tuple[str, ...]:
+    stops = "" if "weight-noise" in name else f"{stats.early_stop.mean:,.0f}"
+    above = ""
+    if to_ticket is not None:
+        above = f"{100 * to_ticket.difference:+.2f}"
+        if to_ticket.interval is not None:
+            low, high = (100 * bound for bound in to_ticket.interval)
+            above += f" [{low:+.2f}, {high:+.2f}]"
+    return name, spread(stats.accuracy_early), spread(stats.accuracy_end), stops, above
 
 
 def show_export(screen: Screen, ticket: "Ticket", path: Path, form: str) -> None:
