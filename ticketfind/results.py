@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from ticketfind import TicketfindError
 
@@ -166,10 +166,14 @@ def _measured(line: Line) -> Measured:
         raise TicketfindError(f"{where}: expected {', '.join(lacking)}, found no such key")
     for key, or_null in _NUMBERS.items():
         value = line[key]
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-        if not good and not (or_null and value is None):
+        if not is_finite(value) and not (or_null and value is None):
             raise TicketfindError(f"{where}: {key}: expected a number, found {str(value)[:40]!r}")
     return Measured(**{key: line[key] for key in Measured.__dataclass_fields__})
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """Whether a value that was read from a file is a number, and one to reckon with."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _loss(measured: Measured) -> float:
