@@ -227,6 +227,31 @@ def diff(
         raise typer.Exit(1)
 
 
+# ------------------------------------------------------------------------------------------------ report
+
+
+@app.command()
+def report(
+    run: options.RunArg = None,
+    out: options.ReportOut = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write what a run has found as one HTML page: figures, tables, and the paper's claims held against it.
+
+    It needs nothing from elsewhere to be read. Each figure is written as a PNG and an SVG file too.
+    """
+    began = time.monotonic()
+    from ticketfind import report as reporting
+    from ticketfind import terminal, views
+
+    screen = terminal.Screen(as_json=as_json, quiet=quiet)
+    found = _run_at(run)
+    if found is None:
+        raise TicketfindError(f"{run}: expected a run directory, found a file")
+    views.show_report(screen, found, reporting.write(found, out), time.monotonic() - began)
+
+
 # ------------------------------------------------------------------------------------------------ verify
 
 

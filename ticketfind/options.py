@@ -146,6 +146,7 @@ Seconds = Annotated[float, _option("--seconds", "Length of a measurement, about.
 
 # tickets and runs
 TicketOrRun = Annotated[Path | None, _argument("TICKET|RUN", "Ticket file or run directory; default: the latest run.")]
+RunArg = Annotated[Path | None, _argument("RUN", "Run directory; default: the latest run.")]
 SideA = Annotated[Path, _argument("A", "Ticket file or run.")]
 SideB = Annotated[Path, _argument("B", "Ticket file or run.")]
 Anything = Annotated[
@@ -189,6 +190,9 @@ Format = Annotated[
 ]
 ExportOut = Annotated[
     Path | None, typer.Option("--out", "-o", help="File to write; default: RUN-FORMAT.safetensors here.")
+]
+ReportOut = Annotated[
+    Path | None, _option("--out", "File to write, with FILE-figures beside it; default: report.html in the run.")
 ]
 Force = Annotated[bool, _option("--force", "Replace a different file of that name.")]
 ExitCode = Annotated[bool, _option("--exit-code", "Exit with 1 where the tickets differ, 2 on an error.")]

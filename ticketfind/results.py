@@ -4,9 +4,9 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
-from ticketfind import TicketfindError, student
+from ticketfind import TicketfindError, intervals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,10 @@ class Spread:
         return cls(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, found)
 
     @property
-    def interval(self) -> student.Interval | None:
+    def interval(self) -> tuple[float, float] | None:
         """The 95 % interval for the mean (Student); None for one value."""
-        return student.mean_interval(self.values)
+        found = intervals.of_mean(self.values)
+        return None if found is None else found.bounds
 
     def json(self) -> dict[str, Any]:
         """SPREAD of docs/json.md."""
@@ -187,10 +188,14 @@ def _measured(line: Line) -> Measured:
         raise TicketfindError(f"{where}: expected {', '.join(lacking)}, found no such key")
     for key, or_null in _NUMBERS.items():
         value = line[key]
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-        if not good and not (or_null and value is None):
+        if not is_finite(value) and not (or_null and value is None):
             raise TicketfindError(f"{where}: {key}: expected a number, found {str(value)[:40]!r}")
     return Measured(**{key: line[key] for key in Measured.__dataclass_fields__})
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """Whether a value that was read from a file is a number, and one to reckon with."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _loss(measured: Measured) -> float:

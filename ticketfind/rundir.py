@@ -104,10 +104,25 @@ class RunDir:
                 " mounted?), and the same command goes on"
             )
 
+    @property
+    def evals_folder(self) -> Path:
+        """What evaluations of this run's tickets found, a file each, the round first in its name."""
+        return self.path / "evals"
+
+    @property
+    def report_file(self) -> Path:
+        """The report on the run."""
+        return self.path / "report.html"
+
+    @property
+    def figures_folder(self) -> Path:
+        """The figures of the report, as files of their own."""
+        return self.path / "figures"
+
     def new_eval_file(self, round: int) -> Path:
         """A name, not yet taken, for what an evaluation found."""
         name = f"{round:02}-{time.strftime('%Y%m%dT%H%M%S')}"
-        return next(path for path in _names(self.path / "evals" / name, ".json") if not path.exists())
+        return next(path for path in _names(self.evals_folder / name, ".json") if not path.exists())
 
     # ------------------------------------------------------------------------------------------- the log
 

@@ -109,7 +109,7 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
     optimizer_slots = 2 if recipe.train.optimizer != "sgd" else int(recipe.train.momentum > 0)
     memory = 4 * at_once * (parameters * (2 + optimizer_slots) + kept[0])
     starts = replicates * (len(kept) if moves else 1)
-    disk = 4 * parameters * (starts + 1) + kept[0] * (replicates * (len(kept) - 1) + 1)
+    disk = 4 * parameters * (starts + replicates + 1) + kept[0] * (replicates * (len(kept) - 1) + 1)
     if recipe.train.command is not None:  # what it writes is kept, see commands.by_command
         disk += 4 * parameters * replicates * (measured + (rewind > 0))
     return Plan(candidates, groups, kept, rewind, moves, iterations, measured, memory, disk)
@@ -281,6 +281,7 @@ class _Job:
                 start = outcome.kept
             about = {"ticketfind": json.dumps(_about_start(arm.start, plan, self.task))}
             save_tensors(self.start_file(0, replicate), start, about)
+            save_tensors(self.run.trained_file(replicate), outcome.final)
         if round + 1 < len(plan.kept):
             initial = read_tensors(self.start_file(0, replicate), "rewind point")[0] if plan.moves else start
             new = self.prune(round, replicate, old, outcome.final, initial)

@@ -1,45 +1,11 @@
-"""Student's t: quantiles, and the intervals for means that rest on them. No torch.
+"""Student's t distribution. No torch.
 
 Formulas: Abramowitz & Stegun, Handbook of Mathematical Functions, 26.7.1 (the distribution by the incomplete beta
-function) and 26.5.8 (that as a continued fraction); Welch 1947 for two samples of different variance.
+function) and 26.5.8 (that as a continued fraction).
 """
 
 import functools
 import math
-import statistics
-from collections.abc import Sequence
-
-Interval = tuple[float, float]
-
-
-def mean_interval(values: Sequence[float], least: float = 0.0) -> Interval | None:
-    """The 95 % interval for the mean of what `values` are a sample of; None for fewer than two.
-
-    least: no standard deviation is taken for smaller than this.
-    """
-    if len(values) < 2:
-        return None
-    mean, sd = statistics.fmean(values), max(statistics.stdev(values), least)
-    half = quantile(0.975, len(values) - 1) * sd / math.sqrt(len(values))
-    return mean - half, mean + half
-
-
-def difference_interval(
-    a: Sequence[float], b: Sequence[float], least: float = 0.0, level: float = 0.95
-) -> Interval | None:
-    """The interval for the difference of two means, a less b (Welch); None where one has fewer than two values.
-
-    Each of its bounds, for itself, holds with (1 + level) / 2. least: as in `mean_interval`.
-    """
-    if min(len(a), len(b)) < 2:
-        return None
-    terms = [(max(statistics.stdev(v), least) ** 2 / len(v), len(v) - 1) for v in (a, b)]
-    variance, difference = sum(term for term, _ in terms), statistics.fmean(a) - statistics.fmean(b)
-    if variance == 0:
-        return difference, difference
-    freedom = variance**2 / sum(term**2 / degrees for term, degrees in terms)
-    half = quantile((1 + level) / 2, freedom) * math.sqrt(variance)
-    return difference - half, difference + half
 
 
 @functools.lru_cache(maxsize=1024)

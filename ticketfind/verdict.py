@@ -8,9 +8,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ticketfind import student
+from ticketfind import intervals, student
 from ticketfind.results import Stats
-from ticketfind.student import Interval
 
 CONTROLS = ("reinit", "random")
 """The arms that a winning ticket must beat."""
@@ -25,7 +24,7 @@ class Comparison:
     arm: str
     other: str
     difference: float
-    interval: Interval | None
+    interval: tuple[float, float] | None
     """95 %; None where one of them has a single replicate."""
 
 
@@ -71,7 +70,8 @@ def verdict(arms: Mapping[str, Stats], remaining: float, *, tolerance: float | N
 
     def compare(arm: str, other: str) -> Comparison:
         a, b = arms[arm].accuracy_early, arms[other].accuracy_early
-        return Comparison(arm, other, a.mean - b.mean, student.difference_interval(a.values, b.values, least))
+        found = intervals.of_difference(a.values, b.values, least=least)
+        return Comparison(arm, other, a.mean - b.mean, None if found is None else found.bounds)
 
     ticket, dense = arms["ticket"], arms.get("dense")
     allowed = None if dense is None else margin(dense, tolerance, test_size)
@@ -139,11 +139,11 @@ def _lies_above(found: Comparison, bound: float) -> bool:
     return found.interval is not None and found.interval[0] > bound
 
 
-def _one_sided(a: Stats, b: Stats, least: float) -> Interval:
+def _one_sided(a: Stats, b: Stats, least: float) -> tuple[float, float]:
     """Bounds for a - b, each of which holds with 95 % for itself."""
-    found = student.difference_interval(a.accuracy_early.values, b.accuracy_early.values, least, level=0.9)
+    found = intervals.of_difference(a.accuracy_early.values, b.accuracy_early.values, least=least, level=0.9)
     assert found is not None
-    return found
+    return found.bounds
 
 
 def _percent(stats: Stats) -> str:

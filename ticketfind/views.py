@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from rich.markup import escape
 from rich.text import Text
 
-from ticketfind import layers, results
+from ticketfind import hillplot, layers, results
 from ticketfind.results import Round, Spread, Stats
 from ticketfind.terminal import RoundRows, Screen, brief, percent, printable, size, spread
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ticketfind.masks import Overlap
     from ticketfind.prunable import Candidate
     from ticketfind.recipe import Recipe
+    from ticketfind.report import Written
     from ticketfind.rundir import RunDir
     from ticketfind.search import Plan
     from ticketfind.ticket import Ticket
@@ -64,6 +65,8 @@ def show_search(screen: Screen, run: "RunDir", rounds: Sequence[Round], seconds:
             "no winner: no pruned round matches the dense network;"
             " try more --replicates, a later --rewind or a smaller --prune"
         )
+    if screen.console.is_terminal:
+        screen.print(Text("\n".join(hillplot.hill(rounds, screen.console.width))))
     dense = rounds[0].stats.json()
     screen.result(
         line, {"run": str(run.path), "dense": dense, **_rounds_json(rounds), "ticket": ticket, "seconds": seconds}
@@ -170,6 +173,25 @@ def show_checks(screen: Screen, target: str, checks: "Sequence[Check]", seconds:
             "seconds": seconds,
         },
     )
+
+
+def show_report(screen: Screen, run: "RunDir", found: "Written", seconds: float) -> None:
+    """`report`."""
+    for note in found.notes:
+        screen.message(note)
+    rows = [(str(claim.number), claim.status, claim.text) for claim in found.claims]
+    screen.print(_table(("", "", "claim"), rows, left=3))
+    screen.result(
+        f"{found.page}, and {plural(len(found.figures), 'figure')} in {found.figures[0].parent}",
+        {
+            "run": str(run.path),
+            "report": str(found.page),
+            "figures": [str(path) for path in found.figures],
+            "claims": [{"number": c.number, "claim": c.text, "status": c.status, "figures": c.figures}
+                       for c in found.claims],
+            "seconds": seconds,
+        },
+    )  # fmt: skip
 
 
 def show_difference(screen: Screen, found: "Difference") -> None:

@@ -1,10 +1,10 @@
-"""Student's t and the intervals that rest on it, against scipy."""
+"""Student's t, and the intervals that rest on it, against scipy."""
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from ticketfind import student
+from ticketfind import intervals, student
 
 
 @pytest.mark.parametrize("freedom", [1, 1.01, 2, 2.7, 4, 8, 17.3, 60, 1000])
@@ -21,21 +21,23 @@ def test_intervals(sizes: tuple[int, int], level: float) -> None:
     dice = np.random.default_rng(sum(sizes))
     a, b = (dice.normal(0.97, scale, size) for scale, size in zip((0.01, 0.03), sizes, strict=True))
     expected = stats.ttest_ind(a, b, equal_var=False).confidence_interval(level)
-    assert student.difference_interval([*a], [*b], level=level) == pytest.approx((expected.low, expected.high))
-    expected = stats.t.interval(0.95, len(a) - 1, a.mean(), stats.sem(a))
-    assert student.mean_interval([*a]) == pytest.approx(expected)
+    found = intervals.of_difference([*a], [*b], level=level)
+    assert found is not None and found.bounds == pytest.approx((expected.low, expected.high))
+    assert found.mean == pytest.approx(a.mean() - b.mean())
+    found = intervals.of_mean([*a], level=level)
+    assert found is not None and found.bounds == pytest.approx(
+        stats.t.interval(level, len(a) - 1, a.mean(), stats.sem(a))
+    )
 
 
 def test_one_value_has_no_interval() -> None:
-    assert student.mean_interval([0.5]) is None
-    assert student.difference_interval([0.5], [0.4, 0.3]) is None
+    assert intervals.of_mean([0.5]) is None
+    assert intervals.of_difference([0.5], [0.4, 0.3]) is None
 
 
 def test_no_spread() -> None:
     """Values that agree to the last bit are as certain as the least spread says."""
-    assert student.difference_interval([0.5, 0.5], [0.25, 0.25]) == (0.25, 0.25)
-    low, high = student.difference_interval([0.5, 0.5], [0.25, 0.25], least=0.01) or (0, 0)
-    assert (low, high) == pytest.approx((0.25 - stats.t.ppf(0.975, 2) * 0.01, 0.25 + stats.t.ppf(0.975, 2) * 0.01))
-    assert student.mean_interval([0.5, 0.5], least=0.01) == pytest.approx(
-        (0.5 - stats.t.ppf(0.975, 1) * 0.01 / 2**0.5, 0.5 + stats.t.ppf(0.975, 1) * 0.01 / 2**0.5)
-    )
+    found = intervals.of_difference([0.5, 0.5], [0.25, 0.25])
+    assert found is not None and found.bounds == (0.25, 0.25)
+    found, half = intervals.of_difference([0.5, 0.5], [0.25, 0.25], least=0.01), stats.t.ppf(0.975, 2) * 0.01
+    assert found is not None and found.bounds == pytest.approx((0.25 - half, 0.25 + half))

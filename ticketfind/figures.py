@@ -1,0 +1,278 @@
+"""Charts from plain numbers, drawn with matplotlib: PNG on white, and SVG that reads well on light and on dark.
+
+Colors are safe for the colorblind, after Okabe and Ito. An SVG has those for a light ground written into it, and style
+rules that exchange them on a dark one (`DARK_RULES`), in the file and in the page that it stands in alike.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ticketfind import TicketfindError
+
+INK, FAINT = "#24292f", "#d5dae0"
+COLORS = {
+    "dense": "#6e7781",
+    "ticket": "#0072b2",
+    "reinit": "#d55e00",
+    "random": "#00805d",
+    "one-shot": "#b0568c",
+    "init-magnitude": "#8f6a00",
+}
+"""Of each arm, whatever the figure."""
+
+SERIES = ("#0072b2", "#d55e00", "#00805d", "#b0568c", "#8f6a00", "#6e7781")
+"""Of what has no color of its own."""
+
+_DARK = {
+    INK: "#e6edf3",
+    FAINT: "#3b434c",
+    "#6e7781": "#9aa4af",
+    "#0072b2": "#56b4e9",
+    "#d55e00": "#ff8f4f",
+    "#00805d": "#3ecfa0",
+    "#b0568c": "#e79fc4",
+    "#8f6a00": "#e6b93a",
+}
+
+DARK_RULES = "@media (prefers-color-scheme: dark) {{\n{}\n}}".format(
+    "\n".join(
+        f'svg [style*="{what}: {light}"] {{ {what}: {dark} !important }}'
+        for light, dark in _DARK.items()
+        for what in ("fill", "stroke")
+    )
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve. Drawn with a band from low to high, or, `as_points`, with bars; the name stands at its end."""
+
+    name: str
+    color: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    as_points: bool = False
+    is_area: bool = False
+    """Filled down to zero, and named in a corner: for distributions."""
+    is_labeled: bool = True
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes."""
+
+    lines: Sequence[Line]
+    y_title: str
+    level: float | None = None
+    """A dashed line from side to side, for the dense network."""
+    is_log: bool = False
+    """y on a logarithmic axis, in percent."""
+    has_scale: bool = True
+    """Whether y has numbers."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Panels under one another, over one x axis."""
+
+    name: str
+    """Of its files."""
+    title: str
+    caption: str
+    """How to read it."""
+    x_title: str
+    panels: Sequence[Panel]
+    by_weights: bool = False
+    """x is the weights remaining in percent: logarithmic, 100 on the left."""
+    columns: int = 1
+    """Panels in a row; more than one if each has its own x axis."""
+
+
+_STYLE: dict[str, Any] = {
+    "font.size": 10.5,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "text.color": INK,
+    "text.parse_math": False,  # names come from models: a dollar sign is a dollar sign
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.unicode_minus": True,
+    "axes.formatter.use_mathtext": False,
+    "xtick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.color": FAINT,
+    "ytick.labelcolor": INK,
+    "ytick.left": False,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4.5,
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ticketfind",
+}
+_WIDTH, _HEIGHT = 5.8, 2.75
+"""Inches; a panel's height. Narrow, so that the letters can be read on a telephone."""
+
+
+def check_matplotlib() -> None:
+    """Raise TicketfindError where matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise TicketfindError(
+            "report: matplotlib draws the figures and is not installed; pip install 'ticketfind[plots]'"
+        ) from None
+
+
+def render(chart: Chart) -> tuple[str, bytes]:
+    """A chart as SVG (a whole file, without references to anything outside it) and as PNG."""
+    import matplotlib.style
+
+    svg, png = io.StringIO(), io.BytesIO()
+    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in another script: PNG only
+        figure = _draw(chart)
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    return _own(svg.getvalue(), chart.name), png.getvalue()
+
+
+def _own(svg: str, name: str) -> str:
+    """Without prolog and metadata, sized by its surroundings, names made the chart's own, with rules for dark."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    head, _, rest = svg.partition(">")
+    font = (
+        "svg text { font-family: system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif !important }"
+    )
+    return f"{head}>\n<style>\n{font}\n{DARK_RULES}\n</style>{rest}"
+
+
+def _draw(chart: Chart) -> Any:
+    from matplotlib.figure import Figure
+
+    rows = -(-len(chart.panels) // chart.columns)
+    height = _HEIGHT if chart.columns == 1 else 1.7
+    figure = Figure(figsize=(_WIDTH, 0.35 + rows * height))
+    grid = figure.subplots(rows, chart.columns, squeeze=False, sharex=chart.columns == 1)
+    axes = [*grid.flat]
+    for spare in axes[len(chart.panels) :]:
+        spare.set_visible(False)
+    for place, (panel, ax) in enumerate(zip(chart.panels, axes, strict=False)):
+        _panel(ax, panel, place, chart.by_weights)
+        if place + chart.columns >= len(chart.panels):
+            ax.set_xlabel(chart.x_title)
+    has_names = any(line.is_labeled and not line.is_area for panel in chart.panels for line in panel.lines)
+    figure.tight_layout(rect=(0, 0, 0.83 if has_names else 1, 1), h_pad=1.4)
+    for panel, ax in zip(chart.panels, axes, strict=False):
+        _name_ends(ax, panel)
+    return figure
+
+
+def _panel(ax: Any, panel: Panel, place: int, by_weights: bool) -> None:
+    ax.set_title(panel.y_title, pad=8)
+    if panel.is_log:
+        ax.set_yscale("log")
+    if by_weights:
+        ax.set_xscale("log")
+    if panel.level is not None:
+        ax.axhline(panel.level, color=COLORS["dense"], linewidth=1, dashes=(4, 3), gid="level")
+    for line in panel.lines:
+        _line(ax, line, f"line-{place}-{line.name}")
+    if by_weights:
+        _weights_axis(ax, [x for line in panel.lines for x in line.x])
+    if panel.is_log:
+        _log_ticks(ax.yaxis, *ax.get_ylim())
+    if panel.has_scale:
+        ax.grid(axis="y")
+    else:
+        ax.set_yticks([])
+    ax.set_axisbelow(True)
+    if any(line.is_area and line.is_labeled for line in panel.lines):
+        ax.set_ylim(bottom=0)
+        ax.legend(
+            frameon=False, labelcolor="linecolor", handlelength=0, handletextpad=0, loc="upper right", fontsize=9.5
+        )
+
+
+def _line(ax: Any, line: Line, name: str) -> None:
+    marker = "o" if len(line.x) <= 30 and not line.is_area else None
+    label = line.name if line.is_area and line.is_labeled else "_"
+    ax.plot(line.x, line.y, color=line.color, marker=marker, gid=name, label=label)
+    if line.is_area:
+        ax.fill_between(line.x, line.y, color=line.color, alpha=0.16, linewidth=0)
+    elif line.low is not None and line.high is not None:
+        if line.as_points:
+            ax.vlines(line.x, line.low, line.high, color=line.color, linewidth=1, alpha=0.65)
+        else:
+            ax.fill_between(line.x, line.low, line.high, color=line.color, alpha=0.16, linewidth=0)
+
+
+def _weights_axis(ax: Any, shares: Sequence[float]) -> None:
+    least = min(shares, default=100.0)
+    low, high = min(least * 0.9, 90.0), 110.0
+    _log_ticks(ax.xaxis, low, high)
+    ax.set_xlim(high, low)
+
+
+def _log_ticks(axis: Any, low: float, high: float) -> None:
+    """Ticks at 1, 2 and 5 times powers of ten, in percent; at the powers alone over more than three of them."""
+    digits = (1, 2, 5) if high / low < 2000 else (1,)
+    ticks = [digit * 10.0**power for power in range(-6, 3) for digit in digits]
+    axis.set_ticks([tick for tick in ticks if low <= tick <= high])
+    axis.set_minor_locator(_none())
+    axis.set_major_formatter(lambda value, _: f"{value:g} %")
+
+
+def _none() -> Any:
+    from matplotlib.ticker import NullLocator
+
+    return NullLocator()
+
+
+def _name_ends(ax: Any, panel: Panel) -> None:
+    """Write each line's name beside its end, in its color, pushed apart where they would touch."""
+    named = [line for line in panel.lines if line.is_labeled and not line.is_area]
+    ends = [(float(ax.transAxes.inverted().transform(ax.transData.transform((line.x[-1], line.y[-1])))[1]), line.name,
+             line.color) for line in named]  # fmt: skip
+    if panel.level is not None:
+        at = ax.transAxes.inverted().transform(ax.transData.transform((ax.get_xlim()[1], panel.level)))[1]
+        ends.append((float(at), "dense", COLORS["dense"]))
+    ends.sort(key=lambda end: end[0])
+    gap = 13 / (ax.get_window_extent().height * 72 / ax.figure.dpi)
+    places = spread_out([height for height, _, _ in ends], gap)
+    for height, (_, name, color) in zip(places, ends, strict=True):
+        ax.text(1.02, height, name, color=color, transform=ax.transAxes, va="center", fontsize=9.5)
+
+
+def spread_out(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending heights moved so that they are at least `gap` apart; groups that touch stay around their own middle."""
+    groups: list[list[float]] = []
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and _bottom(groups[-1], gap) - _top(groups[-2], gap) < gap - 1e-12:
+            last = groups.pop()
+            groups[-1] = groups[-1] + last
+    return [_bottom(group, gap) + gap * place for group in groups for place in range(len(group))]
+
+
+def _bottom(group: Sequence[float], gap: float) -> float:
+    return sum(group) / len(group) - gap * (len(group) - 1) / 2
+
+
+def _top(group: Sequence[float], gap: float) -> float:
+    return sum(group) / len(group) + gap * (len(group) - 1) / 2

@@ -1,0 +1,165 @@
+"""A run's report: what its log, its evaluations and its weights say, as charts, as claims, and as a page. No torch."""
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ticketfind import TicketfindError, __version__, charts, claims, figures, files, movement, page, results
+from ticketfind.claims import Evaluated
+from ticketfind.layers import to_yaml
+from ticketfind.movement import Movement
+from ticketfind.recipe import Recipe
+from ticketfind.results import Round, Spread, Stats
+from ticketfind.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a report consists of."""
+
+    page: Path
+    figures: list[Path]
+    claims: list[claims.Claim]
+    notes: list[str]
+    """What is not in it, and why."""
+
+
+def write(run: RunDir, out: Path | None = None) -> Written:
+    """Write the report on a run, finished or not, and its figures: in the run directory, or as `out` and beside it.
+
+    Raises TicketfindError where no round has finished, a file is not as ticketfind writes it, or matplotlib is missing.
+    """
+    figures.check_matplotlib()
+    recipe, log = run.recipe(), run.log()
+    rounds = results.rounds_of(log, replicates=recipe.run.replicates, given_tolerance=recipe.run.tolerance)
+    if not rounds:
+        raise TicketfindError(f"{run.path}: no round has finished; ticketfind search goes on with it")
+    found, verdicts = evaluations(run)
+    chosen = results.winner_of(rounds) or rounds[-1]
+    weights = movement.of_run(run, chosen.round or 1, _best_first(chosen))
+    judged = claims.of_run(_findings(run, recipe, rounds, log, found, weights))
+    planned = [*charts.of_run(recipe, rounds, log, found, weights, chosen)]
+    folder = run.figures_folder if out is None else out.with_name(f"{out.stem}-figures")
+    drawn, written = [], []
+    for chart in planned:
+        svg, png = figures.render(chart)
+        drawn.append((chart, svg))
+        written += [folder / f"{chart.name}.svg", folder / f"{chart.name}.png"]
+        files.write_text(written[-2], svg)
+        with files.whole(written[-1]) as temporary:
+            temporary.write_bytes(png)
+    path = out or run.report_file
+    text = page.html(
+        page.Contents(
+            run=str(run.path),
+            is_finished=run.is_finished,
+            recipe=recipe,
+            recipe_text=to_yaml(recipe),
+            rounds=rounds,
+            evaluated=found,
+            verdict=verdicts.get(chosen.round),
+            drawn=drawn,
+            claims=judged,
+            notes=weights.notes,
+            versions={"report written by": f"ticketfind {__version__}", **_versions(run)},
+        )
+    )
+    files.write_text(path, text)
+    return Written(path, written, judged, weights.notes)
+
+
+def _best_first(chosen: Round) -> list[int]:
+    return sorted(chosen.replicates, key=lambda replicate: replicate != chosen.best_replicate)
+
+
+def _versions(run: RunDir) -> dict[str, str]:
+    """Of what made the ticket; nothing where there is none or it does not say."""
+    if not run.ticket_file.is_file():
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(run.ticket_file, framework="np") as file:
+            versions = json.loads((file.metadata() or {})["ticketfind"])["versions"]
+        return {f"search by {name}": str(version)[:60] for name, version in versions.items()}
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+# ------------------------------------------------------------------------------------------- evaluations
+
+
+def evaluations(run: RunDir) -> tuple[list[Evaluated], dict[int, str]]:
+    """Of each evaluated round the newest of each arm, densest round first; and each round's newest verdict.
+
+    Raises TicketfindError for a file that is not as `eval` writes it.
+    """
+    arms: dict[int, dict[str, Stats]] = {}
+    shares: dict[int, float] = {}
+    verdicts: dict[int, str] = {}
+    for file in sorted(run.evals_folder.glob("*.json"), key=lambda file: file.stem):
+        if (number := re.match(r"\d{1,6}(?=-)", file.name)) is None:
+            raise TicketfindError(f"{file}: expected the name of an evaluation, NN-TIME.json")
+        round = int(number[0])
+        shares[round], found, verdicts[round] = _read(file)
+        arms[round] = {**arms.get(round, {}), **found}
+    densest_first = sorted(arms, key=lambda round: -shares[round])
+    return [Evaluated(round, shares[round], arms[round]) for round in densest_first], verdicts
+
+
+def _read(file: Path) -> tuple[float, dict[str, Stats], str]:
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TicketfindError(f"{file}: cannot read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise TicketfindError(f"{file}: expected the JSON object of an evaluation, found something else") from error
+    given = given if isinstance(given, dict) else {}
+    remaining, arms, verdict = given.get("remaining"), given.get("arms"), given.get("verdict")
+    if not results.is_finite(remaining) or not 0 < remaining <= 1:
+        raise TicketfindError(f"{file}: remaining: expected a fraction, found {str(remaining)[:40]!r}")
+    if not isinstance(arms, dict) or not isinstance(verdict, str):
+        raise TicketfindError(f"{file}: expected arms (an object) and a verdict (a text)")
+    return float(remaining), {name: _stats(stats, f"{file}: {name[:40]!r}") for name, stats in arms.items()}, verdict
+
+
+def _stats(given: Any, where: str) -> Stats:
+    spreads = []
+    for key in ("accuracy_early", "accuracy_end", "early_stop"):
+        part = given.get(key) if isinstance(given, dict) else None
+        values = part.get("values") if isinstance(part, dict) else None
+        if not isinstance(values, list) or not values or not all(map(results.is_finite, values)):
+            raise TicketfindError(f"{where}: expected numbers in {key}.values")
+        spreads.append(Spread.of(map(float, values)))
+    if len({len(found.values) for found in spreads}) > 1:
+        raise TicketfindError(f"{where}: expected as many values of each kind")
+    return Stats(*spreads)
+
+
+# ------------------------------------------------------------------------------------------------ claims
+
+
+def _findings(
+    run: RunDir,
+    recipe: Recipe,
+    rounds: Sequence[Round],
+    log: Sequence[Mapping[str, Any]],
+    found: Sequence[Evaluated],
+    weights: Movement,
+) -> claims.Findings:
+    sizes = [line["test_size"] for line in log if isinstance(line.get("test_size"), int)]
+    iterations = [x for curve, _ in charts.curves(log, 0)[:1] for x in curve]
+    return claims.Findings(
+        rounds=rounds,
+        evaluated=found,
+        movement=weights.means,
+        tolerance=results.tolerance(rounds[0].stats, recipe.run.tolerance, sizes[0] if sizes else None),
+        test_size=sizes[0] if sizes else None,
+        step=max((b - a for a, b in itertools.pairwise(iterations)), default=1),
+        last=iterations[-1] if iterations else None,
+        run=str(run.path),
+    )
