@@ -97,11 +97,11 @@ def planted(seed: int) -> tuple[State, Masks]:
     mask: Masks = masks.dense({"fc1.weight": (40, 20), "fc2.weight": (5, 40)})
     groups = masks.make_groups([*mask], {"*": 0.3}, "layer")
     for _ in range(2):
-        ((_, outcome),) = fit([Arm("planted", start, mask, seed)], elsewhere, recipe(300))
+        ((_, outcome),) = fit([Arm("planted", start, mask, seed)], elsewhere, recipe(200))
         assert isinstance(outcome, Outcome)
         start = outcome.final
         mask = masks.prune(mask, {name: start[name].abs() for name in mask}, groups)
-    ((_, outcome),) = fit([Arm("planted", start, mask, seed)], elsewhere, recipe(300))
+    ((_, outcome),) = fit([Arm("planted", start, mask, seed)], elsewhere, recipe(200))
     assert isinstance(outcome, Outcome)
     return outcome.final, mask
 
@@ -113,9 +113,9 @@ def simulate(job: tuple[str, int]) -> tuple[str, Evaluation]:
     if kind == "planted":
         pairs, how = [planted(seed) for seed in seeds], recipe(40)
     elif kind == "a random mask":
-        pairs, how = [(fresh(seed), random_masks(0.08, seed)) for seed in seeds], recipe(200)
+        pairs, how = [(fresh(seed), random_masks(0.08, seed)) for seed in seeds], recipe(100)
     else:
-        pairs, how = [(fresh(seed), random_masks(0.95, seed)) for seed in seeds], recipe(200)
+        pairs, how = [(fresh(seed), random_masks(0.95, seed)) for seed in seeds], recipe(100)
     tickets = [ticket_of(init, mask, replicate) for replicate, (init, mask) in enumerate(pairs)]
     design = Design(tickets=tickets, trials=TRIALS)
     return kind, evaluate(design, task_of(number), how, first_seed=seeds[0] + 50)
