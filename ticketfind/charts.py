@@ -47,7 +47,7 @@ def of_run(
         "hill",
         "Accuracy against weights remaining",
         "Test accuracy of the ticket of each round, the controls where they were evaluated, and the dense network"
-        f" (dashed). {spread}",
+        f" (dashed). {spread} Where a line leaves the picture, its last value stands at its end.",
         "weights remaining",
         [
             _against_weights(rounds, found, "accuracy_early", "test accuracy at early stop, %", 100),
@@ -126,7 +126,14 @@ def _against_weights(rounds: Sequence[Round], found: Sequence[Evaluated], key: s
         if there:
             spreads = [getattr(e.arms[name], key) for e in there]
             lines.append(_line(name, [100 * e.remaining for e in there], spreads, factor, as_points=True))
-    return Panel(lines, title, level=factor * getattr(rounds[0].stats, key).mean)
+    level = factor * getattr(rounds[0].stats, key).mean
+    return Panel(lines, title, level=level, floor=None if key == "early_stop" else _floor(lines[0], level))
+
+
+def _floor(ticket: Line, level: float) -> float:
+    """So far below the ticket that its own rise and fall can still be seen, whatever a control does."""
+    low, high = min([level, *ticket.y]), max([level, *ticket.y])
+    return low - 4 * max(high - low, 0.5)
 
 
 def _learning(finished: Round, given: Sequence[tuple[list[int], list[float]]], place: int) -> list[Line]:
@@ -243,4 +250,4 @@ def _distributions(weights: Movement, chosen: Round, recipe: Recipe) -> Iterable
 def _printable(name: str) -> str:
     """Without what an SVG may not hold; no longer than a figure has room for."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
-    return text if len(text) <= 34 else f"{text[:15]}…{text[-18:]}"
+    return text if len(text) <= 24 else f"{text[:8]}…{text[-15:]}"

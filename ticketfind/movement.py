@@ -9,7 +9,7 @@ from typing import Any
 from ticketfind import TicketfindError
 from ticketfind.rundir import RunDir
 
-BINS = 60
+BINS = 40
 READABLE = ("F64", "F32", "F16")
 """What numpy has; bfloat16 it lacks."""
 
