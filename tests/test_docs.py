@@ -236,6 +236,7 @@ PRINTED = {
     "search": TINY,
     "search --dry-run": [*TINY, "--dry-run"],
     "eval": ["eval", "--noise", "0.5"],
+    "report": ["report"],
     "export": ["export"],
     "diff": ["diff", "runs/digits", "runs/digits"],
     "inspect RUN": ["inspect"],

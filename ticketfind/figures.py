@@ -180,7 +180,8 @@ def _draw(chart: Chart) -> Any:
         if place + chart.columns >= len(chart.panels):
             ax.set_xlabel(chart.x_title)
     names = [line.name for panel in chart.panels for line in panel.lines if line.is_labeled and not line.is_area]
-    beside = (6.2 * max(13, *map(len, names)) + 8) / (72 * _WIDTH) if names else 0.0  # a letter is about 6 points wide
+    letters = max(map(len, names), default=0) + 7 * any(panel.floor is not None for panel in chart.panels)
+    beside = (6.2 * letters + 10) / (72 * _WIDTH) if names else 0.0  # a letter is about 6 points wide
     figure.tight_layout(rect=(0, 0, 1 - beside, 1), h_pad=1.4)
     for panel, ax in zip(chart.panels, axes, strict=False):
         _name_ends(ax, panel)
@@ -194,7 +195,7 @@ def _panel(ax: Any, panel: Panel, place: int, by_weights: bool) -> None:
     if by_weights:
         ax.set_xscale("log")
     if panel.level is not None:
-        ax.axhline(panel.level, color=COLORS["dense"], linewidth=1, dashes=(4, 3), gid="level")
+        ax.axhline(panel.level, color=COLORS["dense"], linewidth=1, dashes=(4, 3), gid=f"level-{place}")
     for line in panel.lines:
         _line(ax, line, f"line-{place}-{line.name}")
     if panel.floor is not None:
