@@ -220,6 +220,13 @@ def test_trained_weights_are_those_of_the_dense_network(run: RunDir) -> None:
         assert initial[kept].min() >= initial[~kept].max()  # magnitudes at the end of round 0 drew round 1's mask
 
 
+def test_with_learning_rate_rewinding_the_start_is_that_of_round_0(run: RunDir) -> None:
+    before = movement.of_run(run, 3, [0, 1])
+    for replicate in range(2):
+        run.start_file(replicate).rename(run.start_file(replicate, 0))
+    assert movement.of_run(run, 3, [0, 1]) == before
+
+
 def test_bfloat16_is_left_out_with_a_word(run: RunDir) -> None:
     for replicate in range(2):
         state = load_file(run.start_file(replicate))

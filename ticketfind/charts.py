@@ -14,8 +14,8 @@ from ticketfind.results import Round, Spread
 CONTROLS = ("reinit", "random", "one-shot", "init-magnitude")
 """Arms that stand beside the ticket at a share of the weights."""
 
-MOST_LAYERS = 12
-"""Shown in a figure."""
+MOST_LAYERS, MOST_NAMES = 12, 10
+"""Shown in a figure; named beside its lines."""
 
 
 def curves(log: Iterable[Mapping[str, Any]], round: int) -> list[tuple[list[int], list[float]]]:
@@ -157,7 +157,7 @@ def _layers(rounds: Sequence[Round], log: Sequence[Mapping[str, Any]]) -> list[L
         kept.append(counts)
     names = [name for name in kept[0] if kept[0][name] > 0 and all(name in counts for counts in kept)]
     names.sort(key=lambda name: -kept[-1][name] / kept[0][name])
-    labeled = {*names} if len(names) <= MOST_LAYERS else {*names[: MOST_LAYERS // 2], *names[-MOST_LAYERS // 2 :]}
+    labeled = {*names} if len(names) <= MOST_NAMES else {*names[: MOST_NAMES // 2], *names[-MOST_NAMES // 2 :]}
     x = [100 * r.remaining for r in rounds]
     return [
         Line(

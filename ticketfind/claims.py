@@ -217,7 +217,7 @@ def _hill(found: Findings) -> list[_Part] | str:
         _Part(
             False if none else True if rise.low > 0 else None,
             f"highest at {_share(top.remaining)}, {_percent(top.stats.accuracy_early)}:"
-            f" {_points(rise)} from dense, corrected for {len(pruned)} rounds",
+            f" {_points(rise)} from dense, corrected for the choice of the highest",
         ),
         _Part(
             True if fall.high < 0 else None,

@@ -217,11 +217,6 @@ def _panel(ax: Any, panel: Panel, place: int, by_weights: bool) -> None:
     ax.set_axisbelow(True)
     if any(line.is_area for line in panel.lines):
         ax.set_ylim(bottom=0)
-    if any(line.is_area and line.is_labeled for line in panel.lines):
-        letters = 0.07 / ax.get_position().height  # of the panel, whatever its size
-        for place, line in enumerate(panel.lines):
-            height = 0.98 - letters * place
-            ax.text(1, height, line.name, color=line.color, transform=ax.transAxes, ha="right", va="top", fontsize=10)
 
 
 def _line(ax: Any, line: Line, name: str) -> None:
@@ -263,7 +258,11 @@ def _plain_ticks(axis: Any, at_most: int) -> None:
 
 
 def _name_ends(ax: Any, panel: Panel) -> None:
-    """Write each line's name beside its end, in its color, pushed apart where they would touch."""
+    """Write each line's name beside its end, in its color, pushed apart where they touch; areas: in the corner."""
+    gap = 13.5 / (ax.get_window_extent().height * 72 / ax.figure.dpi)
+    for place, line in enumerate(line for line in panel.lines if line.is_labeled and line.is_area):
+        height = 1 - gap * place
+        ax.text(1, height, line.name, color=line.color, transform=ax.transAxes, ha="right", va="top", fontsize=10)
     named = [(line.x[-1], line.y[-1], line) for line in panel.lines if line.is_labeled and not line.is_area]
     if panel.level is not None:
         named.append((ax.get_xlim()[1], panel.level, Line("dense", COLORS["dense"], (), ())))
@@ -272,7 +271,6 @@ def _name_ends(ax: Any, panel: Panel) -> None:
         height = float(ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1])
         ends.append((max(height, 0.0), line.name if height >= 0 else f"{line.name} ↓ {y:.3g}", line.color))
     ends.sort(key=lambda end: end[0])
-    gap = 13.5 / (ax.get_window_extent().height * 72 / ax.figure.dpi)
     places = spread_out([height for height, _, _ in ends], gap)
     for height, (_, name, color) in zip(places, ends, strict=True):
         ax.text(1.02, height, name, color=color, transform=ax.transAxes, va="center", fontsize=10)
