@@ -236,6 +236,8 @@ PRINTED = {
     "search": TINY,
     "search --dry-run": [*TINY, "--dry-run"],
     "eval": ["eval", "--noise", "0.5"],
+    "report": ["report"],
+    "verify": ["verify"],
     "export": ["export"],
     "diff": ["diff", "runs/digits", "runs/digits"],
     "inspect RUN": ["inspect"],

@@ -14,8 +14,8 @@ from ticketfind.results import Round, Spread
 CONTROLS = ("reinit", "random", "one-shot", "init-magnitude")
 """Arms that stand beside the ticket at a share of the weights."""
 
-MOST_LAYERS = 12
-"""Shown in a figure."""
+MOST_LAYERS, MOST_NAMES = 12, 10
+"""Shown in a figure; named beside its lines."""
 
 
 def curves(log: Iterable[Mapping[str, Any]], round: int) -> list[tuple[list[int], list[float]]]:
@@ -47,7 +47,7 @@ def of_run(
         "hill",
         "Accuracy against weights remaining",
         "Test accuracy of the ticket of each round, the controls where they were evaluated, and the dense network"
-        f" (dashed). {spread}",
+        f" (dashed). {spread} Where a line leaves the picture, its last value stands at its end.",
         "weights remaining",
         [
             _against_weights(rounds, found, "accuracy_early", "test accuracy at early stop, %", 100),
@@ -126,7 +126,14 @@ def _against_weights(rounds: Sequence[Round], found: Sequence[Evaluated], key: s
         if there:
             spreads = [getattr(e.arms[name], key) for e in there]
             lines.append(_line(name, [100 * e.remaining for e in there], spreads, factor, as_points=True))
-    return Panel(lines, title, level=factor * getattr(rounds[0].stats, key).mean)
+    level = factor * getattr(rounds[0].stats, key).mean
+    return Panel(lines, title, level=level, floor=None if key == "early_stop" else _floor(lines[0], level))
+
+
+def _floor(ticket: Line, level: float) -> float:
+    """So far below the ticket that its own rise and fall can still be seen, whatever a control does."""
+    low, high = min([level, *ticket.y]), max([level, *ticket.y])
+    return low - 4 * max(high - low, 0.5)
 
 
 def _learning(finished: Round, given: Sequence[tuple[list[int], list[float]]], place: int) -> list[Line]:
@@ -150,7 +157,7 @@ def _layers(rounds: Sequence[Round], log: Sequence[Mapping[str, Any]]) -> list[L
         kept.append(counts)
     names = [name for name in kept[0] if kept[0][name] > 0 and all(name in counts for counts in kept)]
     names.sort(key=lambda name: -kept[-1][name] / kept[0][name])
-    labeled = {*names} if len(names) <= MOST_LAYERS else {*names[: MOST_LAYERS // 2], *names[-MOST_LAYERS // 2 :]}
+    labeled = {*names} if len(names) <= MOST_NAMES else {*names[: MOST_NAMES // 2], *names[-MOST_NAMES // 2 :]}
     x = [100 * r.remaining for r in rounds]
     return [
         Line(
@@ -243,4 +250,4 @@ def _distributions(weights: Movement, chosen: Round, recipe: Recipe) -> Iterable
 def _printable(name: str) -> str:
     """Without what an SVG may not hold; no longer than a figure has room for."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
-    return text if len(text) <= 34 else f"{text[:15]}…{text[-18:]}"
+    return text if len(text) <= 24 else f"{text[:8]}…{text[-15:]}"

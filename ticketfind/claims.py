@@ -217,7 +217,7 @@ def _hill(found: Findings) -> list[_Part] | str:
         _Part(
             False if none else True if rise.low > 0 else None,
             f"highest at {_share(top.remaining)}, {_percent(top.stats.accuracy_early)}:"
-            f" {_points(rise)} from dense, corrected for {len(pruned)} rounds",
+            f" {_points(rise)} from dense, corrected for the choice of the highest",
         ),
         _Part(
             True if fall.high < 0 else None,
@@ -232,11 +232,11 @@ def _reinit(found: Findings) -> list[_Part] | str:
         return f"{there}: ticketfind eval {found.run} --round N, for two rounds"
     first, last = there[0], there[-1]
     ticket, reinit = last.arms["ticket"], last.arms["reinit"]
-    lower, slower = _accuracy(reinit, ticket, found), _stops(reinit, ticket, found)
-    assert lower is not None and slower is not None
+    lower = _accuracy(reinit, ticket, found)
+    assert lower is not None
     parts = [
         _Part(_below(lower), f"at {_share(last.remaining)} reinit ends {_points(lower)} from the ticket"),
-        _Part(_above(slower), f"and stops {_iterations(slower)} from it"),
+        _slower(there, found),
     ]
     if first is last:
         return [*parts, _Part(None, f"one round evaluated: ticketfind eval {found.run} --round N for another")]
@@ -246,6 +246,16 @@ def _reinit(found: Findings) -> list[_Part] | str:
         return [*parts, _Part(None, "replicates differ between evaluations")]
     text = f"from {_share(first.remaining)} to {_share(last.remaining)} its loss grows by {_points(growth)}"
     return [*parts, _Part(_above(growth), text)]
+
+
+def _slower(there: Sequence[Evaluated], found: Findings) -> _Part:
+    """At the sparsest round whose tickets all stop before the end of training: else none can be slower."""
+    stopping = [e for e in there if found.last is None or max(e.arms["ticket"].early_stop.values) < found.last]
+    if not stopping:
+        return _Part(None, "which is slower is not known: tickets learn to the last iteration")
+    slower = _stops(stopping[-1].arms["reinit"], stopping[-1].arms["ticket"], found)
+    assert slower is not None
+    return _Part(_above(slower), f"at {_share(stopping[-1].remaining)} it stops {_iterations(slower)} from the ticket")
 
 
 def _gap(at: Evaluated, found: Findings) -> list[float]:

@@ -73,6 +73,8 @@ class Panel:
     """A dashed line from side to side, for the dense network."""
     is_log: bool = False
     """y on a logarithmic axis, in percent."""
+    floor: float | None = None
+    """What lies below is not in the picture, but for a word and a number at the line's end."""
     has_scale: bool = True
     """Whether y has numbers."""
 
@@ -95,7 +97,7 @@ class Chart:
 
 
 _STYLE: dict[str, Any] = {
-    "font.size": 10.5,
+    "font.size": 11,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "text.color": INK,
@@ -105,7 +107,7 @@ _STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
-    "axes.titlesize": 10.5,
+    "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "axes.unicode_minus": True,
     "axes.formatter.use_mathtext": False,
@@ -117,7 +119,8 @@ _STYLE: dict[str, Any] = {
     "grid.color": FAINT,
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.8,
-    "lines.markersize": 4.5,
+    "lines.markersize": 5.5,
+    "lines.markeredgewidth": 0,
     "lines.solid_capstyle": "round",
     "svg.fonttype": "none",
     "svg.hashsalt": "ticketfind",
@@ -176,8 +179,10 @@ def _draw(chart: Chart) -> Any:
         _panel(ax, panel, place, chart.by_weights)
         if place + chart.columns >= len(chart.panels):
             ax.set_xlabel(chart.x_title)
-    has_names = any(line.is_labeled and not line.is_area for panel in chart.panels for line in panel.lines)
-    figure.tight_layout(rect=(0, 0, 0.83 if has_names else 1, 1), h_pad=1.4)
+    names = [line.name for panel in chart.panels for line in panel.lines if line.is_labeled and not line.is_area]
+    letters = max(map(len, names), default=0) + 7 * any(panel.floor is not None for panel in chart.panels)
+    beside = (6.2 * letters + 10) / (72 * _WIDTH) if names else 0.0  # a letter is about 6 points wide
+    figure.tight_layout(rect=(0, 0, 1 - beside, 1), h_pad=1.4)
     for panel, ax in zip(chart.panels, axes, strict=False):
         _name_ends(ax, panel)
     return figure
@@ -190,29 +195,34 @@ def _panel(ax: Any, panel: Panel, place: int, by_weights: bool) -> None:
     if by_weights:
         ax.set_xscale("log")
     if panel.level is not None:
-        ax.axhline(panel.level, color=COLORS["dense"], linewidth=1, dashes=(4, 3), gid="level")
+        ax.axhline(panel.level, color=COLORS["dense"], linewidth=1, dashes=(4, 3), gid=f"level-{place}")
     for line in panel.lines:
         _line(ax, line, f"line-{place}-{line.name}")
+    if panel.floor is not None:
+        bottom = max(panel.floor, ax.get_ylim()[0])
+        top = max(y for line in panel.lines for y in (line.high or line.y))
+        ax.set_ylim(bottom, top + (top - bottom) / 20)
     if by_weights:
         _weights_axis(ax, [x for line in panel.lines for x in line.x])
+    else:
+        _plain_ticks(ax.xaxis, at_most=6)
     if panel.is_log:
         _log_ticks(ax.yaxis, *ax.get_ylim())
+    else:
+        _plain_ticks(ax.yaxis, at_most=5)
     if panel.has_scale:
         ax.grid(axis="y")
     else:
         ax.set_yticks([])
     ax.set_axisbelow(True)
-    if any(line.is_area and line.is_labeled for line in panel.lines):
+    if any(line.is_area for line in panel.lines):
         ax.set_ylim(bottom=0)
-        ax.legend(
-            frameon=False, labelcolor="linecolor", handlelength=0, handletextpad=0, loc="upper right", fontsize=9.5
-        )
 
 
 def _line(ax: Any, line: Line, name: str) -> None:
     marker = "o" if len(line.x) <= 30 and not line.is_area else None
-    label = line.name if line.is_area and line.is_labeled else "_"
-    ax.plot(line.x, line.y, color=line.color, marker=marker, gid=name, label=label)
+    above = 3 if line.as_points else 4
+    ax.plot(line.x, line.y, color=line.color, marker=marker, gid=name, zorder=above)
     if line.is_area:
         ax.fill_between(line.x, line.y, color=line.color, alpha=0.16, linewidth=0)
     elif line.low is not None and line.high is not None:
@@ -230,33 +240,40 @@ def _weights_axis(ax: Any, shares: Sequence[float]) -> None:
 
 
 def _log_ticks(axis: Any, low: float, high: float) -> None:
-    """Ticks at 1, 2 and 5 times powers of ten, in percent; at the powers alone over more than three of them."""
-    digits = (1, 2, 5) if high / low < 2000 else (1,)
+    """Ticks at round percentages, as many as there is room for."""
+    from matplotlib.ticker import NullLocator
+
+    digits = (1, 1.5, 2, 3, 5, 7) if high / low < 20 else (1, 2, 5) if high / low < 2000 else (1,)
     ticks = [digit * 10.0**power for power in range(-6, 3) for digit in digits]
     axis.set_ticks([tick for tick in ticks if low <= tick <= high])
-    axis.set_minor_locator(_none())
+    axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:g} %")
 
 
-def _none() -> Any:
-    from matplotlib.ticker import NullLocator
+def _plain_ticks(axis: Any, at_most: int) -> None:
+    from matplotlib.ticker import MaxNLocator
 
-    return NullLocator()
+    axis.set_major_locator(MaxNLocator(at_most, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(lambda value, _: f"{value:,.6g}")
 
 
 def _name_ends(ax: Any, panel: Panel) -> None:
-    """Write each line's name beside its end, in its color, pushed apart where they would touch."""
-    named = [line for line in panel.lines if line.is_labeled and not line.is_area]
-    ends = [(float(ax.transAxes.inverted().transform(ax.transData.transform((line.x[-1], line.y[-1])))[1]), line.name,
-             line.color) for line in named]  # fmt: skip
+    """Write each line's name beside its end, in its color, pushed apart where they touch; areas: in the corner."""
+    gap = 13.5 / (ax.get_window_extent().height * 72 / ax.figure.dpi)
+    for place, line in enumerate(line for line in panel.lines if line.is_labeled and line.is_area):
+        height = 1 - gap * place
+        ax.text(1, height, line.name, color=line.color, transform=ax.transAxes, ha="right", va="top", fontsize=10)
+    named = [(line.x[-1], line.y[-1], line) for line in panel.lines if line.is_labeled and not line.is_area]
     if panel.level is not None:
-        at = ax.transAxes.inverted().transform(ax.transData.transform((ax.get_xlim()[1], panel.level)))[1]
-        ends.append((float(at), "dense", COLORS["dense"]))
+        named.append((ax.get_xlim()[1], panel.level, Line("dense", COLORS["dense"], (), ())))
+    ends = []
+    for x, y, line in named:
+        height = float(ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1])
+        ends.append((max(height, 0.0), line.name if height >= 0 else f"{line.name} ↓ {y:.3g}", line.color))
     ends.sort(key=lambda end: end[0])
-    gap = 13 / (ax.get_window_extent().height * 72 / ax.figure.dpi)
     places = spread_out([height for height, _, _ in ends], gap)
     for height, (_, name, color) in zip(places, ends, strict=True):
-        ax.text(1.02, height, name, color=color, transform=ax.transAxes, va="center", fontsize=9.5)
+        ax.text(1.02, height, name, color=color, transform=ax.transAxes, va="center", fontsize=10)
 
 
 def spread_out(heights: Sequence[float], gap: float) -> list[float]:

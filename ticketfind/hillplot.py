@@ -1,6 +1,6 @@
 """Occam's hill as text: accuracy against weights remaining, in braille dots. No torch.
 
-Own lines, not a library: the only one for this (plotext) draws no logarithmic axis from left to right in falling order.
+A few lines of its own: less than a dependency for one plot.
 """
 
 import math
@@ -16,10 +16,10 @@ _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 def hill(rounds: Sequence[Round], width: int) -> list[str]:
     """Lines no wider than `width`: mean accuracy at early stop of every round, the dense network's as a level.
 
-    The x axis is logarithmic, 100 % on the left. Nothing for fewer than three rounds, or narrower than 24 columns.
+    The x axis is logarithmic, 100 % on the left. Nothing for fewer than three rounds, or narrower than 26 columns.
     """
     columns = min(width, 76) - 9
-    if len(rounds) < 3 or columns < 15:
+    if len(rounds) < 3 or columns < 17:
         return []
     shares = [r.remaining for r in rounds]
     heights = [100 * r.stats.accuracy_early.mean for r in rounds]
@@ -67,4 +67,4 @@ def _axis(least: float, columns: int) -> str:
 
 
 def _below(columns: int) -> str:
-    return (" " * 8 + "weights remaining; dotted: the dense network")[: columns + 8].rstrip()
+    return (" " * 8 + "weights remaining; dotted: dense")[: columns + 8].rstrip()

@@ -9,7 +9,7 @@ from typing import Any
 from ticketfind import TicketfindError
 from ticketfind.rundir import RunDir
 
-BINS = 60
+BINS = 40
 READABLE = ("F64", "F32", "F16")
 """What numpy has; bfloat16 it lacks."""
 
@@ -40,12 +40,12 @@ class Movement:
 def of_run(run: RunDir, round: int, replicates: Sequence[int]) -> Movement:
     """Of the masks that `round` trains under. Raises TicketfindError for files that are damaged or do not fit."""
     found = Movement([], None, {}, [])
-    if not all(run.mask_file(round, r).is_file() and run.start_file(r).is_file() for r in replicates):
+    if not all(run.mask_file(round, r).is_file() and _start(run, r).is_file() for r in replicates):
         found.notes.append(f"weights are not looked at: the run holds no masks of round {round}")
         return found
     first = replicates[0]
     try:
-        for name, mask, (start,) in _tensors(run.mask_file(round, first), run.start_file(first)):
+        for name, mask, (start,) in _tensors(run.mask_file(round, first), _start(run, first)):
             if mask.any():
                 found.initial[name] = _histogram(start[mask], start.ravel(), (start.min(), start.max()))
         if not all(run.trained_file(r).is_file() for r in replicates):
@@ -58,6 +58,12 @@ def of_run(run: RunDir, round: int, replicates: Sequence[int]) -> Movement:
         return Movement([], None, {}, found.notes)
 
 
+def _start(run: RunDir, replicate: int) -> Path:
+    """What round 0 is held against: the rewind point; with learning-rate rewinding the initialization."""
+    one = run.start_file(replicate)
+    return one if one.is_file() else run.start_file(replicate, 0)
+
+
 class _Unreadable(Exception):
     """A type of number that numpy does not have."""
 
@@ -66,7 +72,7 @@ def _distances(run: RunDir, round: int, replicate: int) -> Iterator[tuple[Any, A
     """Of each masked tensor the mask and |w_T - w_0|."""
     import numpy as np
 
-    files = (run.start_file(replicate), run.trained_file(replicate))
+    files = (_start(run, replicate), run.trained_file(replicate))
     for _, mask, (start, end) in _tensors(run.mask_file(round, replicate), *files):
         yield mask, np.abs(end.astype(np.float64) - start)
 

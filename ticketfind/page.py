@@ -36,18 +36,20 @@ def html(found: Contents) -> str:
     title = _subject(found.recipe)
     parts = [_head(found, title), _outcome(found)]
     parts += [_figure(chart, svg) for chart, svg in found.drawn[:1]]
-    parts += [_rounds(found.rounds), *map(_arms, found.evaluated)]
-    if len(found.drawn) > 1:
-        parts.append("<h2>More of it</h2>")
+    parts.append(_rounds(found.rounds))
     parts += [_figure(chart, svg) for chart, svg in found.drawn[1:]]
     parts += [f'<p class="note">{_text(note)}</p>' for note in found.notes]
+    if found.evaluated:
+        parts.append("<h2>Evaluations</h2>")
+    parts += map(_arms, found.evaluated)
     parts += [_claims(found.claims), _recipe(found)]
     return _PAGE.format(title=_text(f"{title}: ticketfind report"), style=_STYLE, body="\n".join(parts))
 
 
 def _text(value: object) -> str:
-    """Escaped, and without control characters."""
-    return escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(value)))
+    """Escaped, without control characters; numbers are not parted from what belongs to them."""
+    text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+    return escape(text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}").replace(" %", "\N{NO-BREAK SPACE}%"))
 
 
 def _subject(recipe: Recipe) -> str:
@@ -57,15 +59,13 @@ def _subject(recipe: Recipe) -> str:
 
 def _head(found: Contents, title: str) -> str:
     train, prune, run = found.recipe.train, found.recipe.prune, found.recipe.run
-    fractions = ", ".join(
-        f"{100 * share:g} % of {'all' if glob == '*' else glob}" for glob, share in _fractions(prune.fraction)
-    )
+    fractions = ", ".join(f"{100 * share:g} % of {glob}" for glob, share in _fractions(prune.fraction))
     facts = {
         "Run": found.run + ("" if found.is_finished else " (not finished)"),
         "Replicates": f"{run.replicates}, seed {run.seed}",
         "Training": "a program of its own" if train.is_external else
-        f"{train.iterations} iterations, batch {train.batch_size}, {train.optimizer}, learning rate {train.lr:g}",
-        "Pruning": f"{fractions} each round, {prune.scope}-wise, by {prune.score}",
+        f"{int(train.iterations):,} iterations, batch {train.batch_size}, {train.optimizer} ({train.lr:g})",
+        "Pruning": f"{fractions}; scope {prune.scope}, by {prune.score}",
         "Rewinding": f"to {prune.rewind}",
         "Device": f"{run.device}, {run.precision}",
     }  # fmt: skip
@@ -123,7 +123,8 @@ def _figure(chart: Chart, svg: str) -> str:
 
 
 def _share(fraction: float) -> str:
-    return f"{100 * fraction:.3g} %"
+    value = 100 * fraction
+    return f"{value:.0f} %" if value >= 99.95 else f"{value:.1f} %" if value >= 10 else f"{value:.2f} %"
 
 
 def _points(values: Spread) -> str:
@@ -142,7 +143,8 @@ def _table(name: str, caption: str, heads: Sequence[str], rows: Iterable[tuple[s
         f'<tr class="{kind}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>" for kind, cells in rows
     )
     return (
-        f'<div class="scroll" tabindex="0"><table id="{name}"><caption>{_text(caption)}</caption>'
+        (f'<p class="caption">{_text(caption)}</p>' if caption else "")
+        + f'<div class="scroll" tabindex="0"><table id="{name}" aria-label="{_text(caption or name)}">'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -252,10 +254,9 @@ dt { color: var(--soft); font-size: .85rem } dd { margin: 0; overflow-wrap: anyw
 .tiles strong { display: block; font-size: 2.1rem; font-weight: 600; line-height: 1.15; letter-spacing: -.02em;
   font-variant-numeric: tabular-nums } .tiles div:first-child strong { color: var(--accent) }
 .tiles span { color: var(--soft); font-size: .9rem }
-figure { margin: 0 } figure svg { display: block; width: 100%; height: auto }
-figcaption, .note, small, caption, footer { color: var(--soft); font-size: .875rem }
-figcaption { margin-top: .5rem } caption { text-align: left; padding: 0 0 .5rem }
-.scroll { overflow-x: auto; margin: 2.5rem 0 } h2 + p + .scroll { margin-top: 1rem }
+figure { margin: 0 } figure svg { display: block; width: 100%; max-width: 40rem; height: auto }
+figcaption, .note, small, .caption, footer { color: var(--soft); font-size: .875rem }
+figcaption { margin-top: .5rem } .caption { margin: 2.5rem 0 .25rem } .scroll { overflow-x: auto; margin: 0 0 2rem }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums }
 th { font-weight: 500; color: var(--soft); text-align: right; border-bottom: 1px solid var(--faint) }
 th, td { padding: .4rem .75rem .4rem 0; white-space: nowrap; text-align: right; vertical-align: top }
@@ -268,7 +269,10 @@ small { display: block; margin-top: .25rem; overflow-wrap: anywhere }
 .not-tested { color: var(--soft) } #claims td span { font-weight: 600 }
 pre { font: .8rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; background: var(--tint); padding: 1rem 1.25rem;
   border-radius: 6px } .scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
-@media (max-width: 30rem) { main { padding-top: 2rem } h1 { font-size: 1.6rem } .tiles strong { font-size: 1.75rem } }
+@media (max-width: 36rem) { main { padding-top: 2rem } h1 { font-size: 1.6rem } .tiles strong { font-size: 1.75rem }
+  .tiles { gap: .75rem } #claims thead { display: none }
+  #claims tr { display: grid; grid-template-columns: 1.75rem 1fr; border-bottom: 1px solid var(--tint) }
+  #claims td { border: 0; text-align: left } #claims td:nth-child(3) { grid-column: 2; padding-top: 0 } }
 @media print { main { max-width: none; padding: 0 } figure { break-inside: avoid } }
 """
     + figures.DARK_RULES

@@ -38,6 +38,8 @@ def write(run: RunDir, out: Path | None = None) -> Written:
     rounds = results.rounds_of(log, replicates=recipe.run.replicates, given_tolerance=recipe.run.tolerance)
     if not rounds:
         raise TicketfindError(f"{run.path}: no round has finished; ticketfind search goes on with it")
+    if not all(_is_usable(value) for r in rounds for part in _parts(r.stats) for value in part.values):
+        raise TicketfindError(f"{run.log_file}: expected accuracies and iterations, found larger numbers")
     found, verdicts = evaluations(run)
     chosen = results.winner_of(rounds) or rounds[-1]
     weights = movement.of_run(run, chosen.round or 1, _best_first(chosen))
@@ -127,12 +129,21 @@ def _read(file: Path) -> tuple[float, dict[str, Stats], str]:
     return float(remaining), {name: _stats(stats, f"{file}: {name[:40]!r}") for name, stats in arms.items()}, verdict
 
 
+def _parts(stats: Stats) -> tuple[Spread, ...]:
+    return stats.accuracy_early, stats.accuracy_end, stats.early_stop
+
+
+def _is_usable(value: object) -> bool:
+    """Whether it can be a measure or an iteration, and be squared."""
+    return results.is_finite(value) and abs(value) <= 1e12
+
+
 def _stats(given: Any, where: str) -> Stats:
     spreads = []
     for key in ("accuracy_early", "accuracy_end", "early_stop"):
         part = given.get(key) if isinstance(given, dict) else None
         values = part.get("values") if isinstance(part, dict) else None
-        if not isinstance(values, list) or not values or not all(map(results.is_finite, values)):
+        if not isinstance(values, list) or not values or not all(map(_is_usable, values)):
             raise TicketfindError(f"{where}: expected numbers in {key}.values")
         spreads.append(Spread.of(map(float, values)))
     if len({len(found.values) for found in spreads}) > 1:

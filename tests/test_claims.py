@@ -1,0 +1,155 @@
+"""Each claim: what makes it hold, what refutes it, what leaves it open, and when it is not tested."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from ticketfind import claims
+from ticketfind.claims import DOES_NOT, HOLDS, NOT_TESTED, UNDECIDED, Evaluated, Findings
+from ticketfind.results import Round, Spread, Stats
+
+JITTER = (-0.002, 0.0, 0.002, 0.001, -0.001)
+
+
+def arm(accuracy: float, stop: float = 500, *, n: int = 5, wide: float = 1.0) -> Stats:
+    """n replicates around an accuracy, early stops around an iteration."""
+    early = Spread.of(accuracy + wide * jitter for jitter in JITTER[:n])
+    return Stats(early, early, Spread.of(stop + 10_000 * wide * jitter for jitter in JITTER[:n]))
+
+
+def rounds(*given: tuple[float, Stats]) -> list[Round]:
+    return [Round(number, share, stats, True, 0) for number, (share, stats) in enumerate(given)]
+
+
+def at(share: float, **arms: Stats) -> Evaluated:
+    return Evaluated(3, share, {name.replace("__", "-").replace("_", "="): stats for name, stats in arms.items()})
+
+
+DENSE = (1.0, arm(0.95))
+
+
+def status(number: int, found: Findings) -> claims.Claim:
+    judged = claims.of_run(found)
+    assert [claim.number for claim in judged] == [*range(1, 13)]
+    return judged[number - 1]
+
+
+def findings(
+    *pruned: tuple[float, Stats], dense: tuple[float, Stats] = DENSE, evaluated: Sequence[Evaluated] = (), **more: Any
+) -> Findings:
+    settings: Mapping[str, Any] = {"tolerance": 0.005, "test_size": 1000, "step": 50, "last": 1000, **more}
+    return Findings(rounds(dense, *pruned), evaluated, **settings)
+
+
+@pytest.mark.parametrize(
+    ("number", "found", "expected"),
+    [
+        (1, findings((0.5, arm(0.9)), (0.2, arm(0.952, 400))), HOLDS),
+        (1, findings((0.2, arm(0.93, 400))), DOES_NOT),  # below what matches
+        (1, findings((0.2, arm(0.952, 900))), DOES_NOT),  # later
+        (1, findings((0.2, arm(0.946, 400, wide=4))), UNDECIDED),
+        (1, findings((0.5, arm(0.95))), NOT_TESTED),  # half of the weights are no small part
+        (1, findings((0.2, arm(0.95, n=1)), dense=(1.0, arm(0.95, n=1))), NOT_TESTED),
+        (2, findings((0.2, arm(0.95, 300))), HOLDS),
+        (2, findings((0.2, arm(0.95, 800))), DOES_NOT),
+        (2, findings((0.2, arm(0.95, 495))), UNDECIDED),
+        (2, findings((0.2, arm(0.95, 1000)), dense=(1.0, arm(0.95, 1000))), NOT_TESTED),  # it was still learning
+        (2, findings((0.2, arm(0.95, 300)), dense=(1.0, arm(0.95, 1000))), HOLDS),
+        (3, findings((0.5, arm(0.97)), (0.1, arm(0.93))), HOLDS),
+        (3, findings((0.5, arm(0.93)), (0.1, arm(0.9))), DOES_NOT),
+        (3, findings((0.5, arm(0.951)), (0.1, arm(0.9))), UNDECIDED),
+        (3, findings((0.5, arm(0.97)), (0.1, arm(0.97))), UNDECIDED),  # it does not fall yet
+        (3, findings(), NOT_TESTED),
+    ],
+)
+def test_claims_of_the_rounds(number: int, found: Findings, expected: str) -> None:
+    assert status(number, found).status == expected
+
+
+TICKET = arm(0.95, 400)
+
+
+@pytest.mark.parametrize(
+    ("number", "evaluated", "expected"),
+    [
+        (4, [at(0.5, ticket=TICKET, reinit=arm(0.94, 800)), at(0.1, ticket=TICKET, reinit=arm(0.9, 800))], HOLDS),
+        (4, [at(0.5, ticket=TICKET, reinit=arm(0.9, 800)), at(0.1, ticket=TICKET, reinit=arm(0.94, 800))], DOES_NOT),
+        (4, [at(0.1, ticket=TICKET, reinit=arm(0.9, 800))], UNDECIDED),  # no trend from one round
+        (4, [at(0.1, ticket=TICKET, reinit=arm(0.96, 400))], DOES_NOT),
+        (4, [at(0.1, ticket=arm(0.95, n=1), reinit=arm(0.9, n=1))], NOT_TESTED),
+        (4, [], NOT_TESTED),
+        (5, [at(0.5, random=TICKET, reinit=TICKET), at(0.1, random=arm(0.8), reinit=arm(0.9))], HOLDS),
+        (5, [at(0.1, random=arm(0.9), reinit=arm(0.9))], UNDECIDED),
+        (5, [at(0.1, random=arm(0.9), reinit=arm(0.8))], DOES_NOT),
+        (5, [at(0.1, ticket=TICKET)], NOT_TESTED),
+        (8, [at(0.1, ticket=TICKET, dense=TICKET, one__shot=TICKET)], UNDECIDED),  # one round cannot show both ends
+        (
+            8,
+            [at(s, ticket=TICKET, dense=TICKET, one__shot=arm(a)) for s, a in ((0.5, 0.951), (0.1, 0.9))],
+            HOLDS,
+        ),
+        (8, [at(0.1, ticket=TICKET, dense=TICKET)], NOT_TESTED),
+        (9, [at(0.1, reinit=arm(0.9), init__magnitude=arm(0.85))], HOLDS),
+        (9, [at(0.1, reinit=arm(0.9), init__magnitude=arm(0.92))], DOES_NOT),
+        (9, [at(0.1, reinit=arm(0.9))], NOT_TESTED),
+    ],
+)
+def test_claims_of_the_evaluations(number: int, evaluated: Sequence[Evaluated], expected: str) -> None:
+    assert status(number, findings((0.2, arm(0.95)), evaluated=evaluated)).status == expected
+
+
+def noisy(half: float, three: float | None, reinit: float = 0.9) -> Evaluated:
+    arms = {"ticket": TICKET, "noise=0.5": arm(half), "reinit": arm(reinit)}
+    return Evaluated(3, 0.1, arms if three is None else {**arms, "noise=3": arm(three)})
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "expected"),
+    [
+        (noisy(0.95, 0.93), HOLDS),
+        (noisy(0.93, 0.92), DOES_NOT),  # half a sigma matters
+        (noisy(0.95, 0.96), DOES_NOT),  # more costs nothing
+        (noisy(0.95, 0.85), DOES_NOT),  # reinit is better than 3 sigma
+        (noisy(0.95, None), UNDECIDED),
+    ],
+)
+def test_the_claim_on_noise(evaluated: Evaluated, expected: str) -> None:
+    assert status(6, findings((0.2, arm(0.95)), evaluated=[evaluated])).status == expected
+
+
+@pytest.mark.parametrize(
+    ("movement", "expected"),
+    [
+        ([(0.5, 0.3), (0.51, 0.29), (0.52, 0.33)], HOLDS),
+        ([(0.3, 0.5), (0.29, 0.51), (0.33, 0.52)], DOES_NOT),
+        ([(0.5, 0.3), (0.3, 0.5)], UNDECIDED),
+        ([(0.5, 0.3)], NOT_TESTED),
+        ([], NOT_TESTED),
+    ],
+)
+def test_the_claim_on_movement(movement: Sequence[tuple[float, float]], expected: str) -> None:
+    assert status(7, findings((0.2, arm(0.95)), movement=movement)).status == expected
+
+
+def test_what_is_not_tested_names_a_command() -> None:
+    for claim in claims.of_run(findings((0.2, arm(0.95)))):
+        if claim.status == NOT_TESTED:
+            assert "ticketfind search" in claim.figures or "ticketfind eval" in claim.figures, claim
+
+
+def test_figures_are_those_of_the_run() -> None:
+    first = status(1, findings((0.2, arm(0.96, 400))))
+    assert "at 20 % 96.00 %, dense 95.00 %: +1.00 points" in first.figures and "-100 iterations" in first.figures
+    seventh = status(7, findings((0.2, arm(0.95)), movement=[(0.5, 0.25), (0.7, 0.35)]))
+    assert "0.6000" in seventh.figures and "0.3000" in seventh.figures
+
+
+def test_no_claim_holds_by_one_replicate() -> None:
+    one = {name: arm(a, n=1) for name, a in [("ticket", 0.95), ("reinit", 0.8), ("random", 0.5), ("noise=0.5", 0.95)]}
+    found = Findings(
+        rounds((1.0, arm(0.95, n=1)), (0.2, arm(0.99, 100, n=1)), (0.05, arm(0.5, n=1))),
+        [Evaluated(1, 0.2, one)],
+        movement=[(0.5, 0.1)],
+    )
+    assert {claim.status for claim in claims.of_run(found)} == {NOT_TESTED}

@@ -1,0 +1,401 @@
+"""The report: its numbers parsed back and compared with the log's and evaluations'; nothing comes from elsewhere."""
+
+import builtins
+import itertools
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ticketfind import TicketfindError, charts, figures, movement, report, results
+from ticketfind.recipe import Recipe
+from ticketfind.results import Round
+from ticketfind.rundir import RunDir
+from ticketfind.train import Task
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+class Page(HTMLParser):
+    """Tables as rows of texts by id; every tag with its attributes; the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self._rows = "", [[""]]
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "table":
+            self._rows = self.tables[str(dict(attrs)["id"])] = []
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("td", "th", "small"):
+            self._rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "table":
+            self._rows = []
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._rows and self._rows[-1]:
+            self._rows[-1][-1] += data.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def stats(*early: float, stop: float = 9) -> dict[str, Any]:
+    def spread(values: tuple[float, ...]) -> dict[str, Any]:
+        return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)), "values": [*values]}
+
+    ends = tuple(value - 0.01 for value in early)
+    return {
+        "accuracy_early": spread(early),
+        "accuracy_end": spread(ends),
+        "early_stop": spread(tuple(stop + i for i in range(len(early)))),
+        "replicates": len(early),
+    }
+
+
+def evaluation(remaining: float, **arms: dict[str, Any]) -> str:
+    verdict = "winning: a <b>bold</b> word"
+    return json.dumps({"ticket": "runs/x", "remaining": remaining, "arms": arms, "verdict": verdict, "notes": []})
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A finished small run, searched once."""
+    yield tmp_path_factory.mktemp("searched") / "run"
+
+
+@pytest.fixture
+def run(
+    searched: Path,
+    tmp_path: Path,
+    run_search: Callable[..., list[Round]],
+    make_recipe: Callable[..., Recipe],
+    make_task: Callable[..., Task],
+) -> RunDir:
+    """A run of three rounds of two replicates, with evaluations of rounds 1 and 3."""
+    if not searched.exists():
+        run_search(make_recipe(), make_task(), searched)
+        evals = searched / "evals"
+        evals.mkdir()
+        dense, ticket = stats(0.7, 0.72), stats(0.71, 0.73)
+        (evals / "01-20260101T000000.json").write_text(
+            evaluation(0.7, dense=dense, ticket=ticket, reinit=stats(0.6, 0.65))
+        )
+        (evals / "03-20260101T000000.json").write_text(
+            evaluation(0.343, dense=dense, ticket=ticket, reinit=stats(0.1, 0.2), random=stats(0.3, 0.31))
+        )
+        noise = {"noise=0.5": stats(0.69, 0.72, stop=8), "noise=1": stats(0.66, 0.68), "dense noise=1": stats(0.5, 0.6)}
+        arms = {
+            "dense": dense,
+            "ticket": ticket,
+            "reinit": stats(0.61, 0.62),
+            **noise,
+            "weight-noise=0.5": stats(0.4, 0.5),
+        }
+        (evals / "03-20260101T000001.json").write_text(evaluation(0.343, **arms))
+    shutil.copytree(searched, tmp_path / "run")
+    return RunDir(tmp_path / "run")
+
+
+_SHOWN: dict[Path, report.Written] = {}
+
+
+@pytest.fixture
+def shown(run: RunDir, searched: Path) -> report.Written:
+    """The report on the run as it was searched, written once."""
+    if searched not in _SHOWN:
+        _SHOWN[searched] = report.write(RunDir(searched), searched.parent / "shown.html")
+    return _SHOWN[searched]
+
+
+def finished(run: RunDir) -> list[Round]:
+    recipe = run.recipe()
+    return results.rounds_of(run.log(), replicates=2, given_tolerance=recipe.run.tolerance)
+
+
+def cells(measured: results.Stats) -> list[str]:
+    early, end = (np.array(values) * 100 for values in (measured.accuracy_early.values, measured.accuracy_end.values))
+    return [
+        f"{early.mean():.2f} ± {early.std(ddof=1):.2f}",
+        f"{end.mean():.2f} ± {end.std(ddof=1):.2f}",
+        f"{np.mean(measured.early_stop.values):,.0f}",
+    ]
+
+
+def test_the_tables_have_the_numbers_of_the_log_and_the_evaluations(run: RunDir, shown: report.Written) -> None:
+    page = Page(shown.page.read_text(encoding="utf-8"))
+    _, *rows = page.tables["rounds"]
+    assert [row[0] for row in rows] == ["0", "1", "2", "3"]
+    for row, expected in zip(rows, finished(run), strict=True):
+        assert [row[2], row[4], row[5]] == cells(expected.stats)
+        assert float(row[1].removesuffix(" %")) == pytest.approx(100 * expected.remaining, abs=0.06)
+    winner = results.winner_of(finished(run))
+    assert winner is not None and rows[winner.round][-1] == "winner"
+    found = {row[0]: row for row in page.tables["eval-3"][1:]}
+    assert found["reinit"][1] == "61.50 ± 0.71"  # the newest
+    assert found["random"][1] == "30.50 ± 0.71"  # which the newest evaluation lacks
+    assert found["noise=0.5"][1:] == ["70.50 ± 2.12", "51.44 to 89.56", "69.50 ± 2.12", "8"]
+    assert [row[0] for row in page.tables["claims"][1:]] == [str(number) for number in range(1, 13)]
+
+
+def points(svg: str, name: str) -> np.ndarray:
+    """The corners of a line in a figure, as it is drawn: [n, 2]."""
+    (group,) = [g for g in ET.fromstring(svg).iter(f"{SVG}g") if (g.get("id") or "").endswith(name)]
+    path = group.find(f"{SVG}path")
+    assert path is not None
+    return np.array([[float(x) for x in pair] for pair in re.findall(r"[ML] (\S+) (\S+)", path.get("d", ""))])
+
+
+def test_the_lines_are_where_the_numbers_are(run: RunDir, shown: report.Written) -> None:
+    svg = shown.figures[0].read_text(encoding="utf-8")
+    drawn, rounds = points(svg, "line-0-ticket"), finished(run)
+    shares = np.log([r.remaining for r in rounds])
+    heights = np.array([r.stats.accuracy_early.mean for r in rounds])
+    assert np.ptp(heights) > 0.01
+    for axis, values in enumerate((shares, heights)):  # one line through all: the axes are linear in these
+        slope, start = np.polyfit(values, drawn[:, axis], 1)
+        assert np.abs(slope * values + start - drawn[:, axis]).max() < 0.01
+        assert slope < 0  # 100 % is on the left, and higher is better
+    reinit = points(svg, "line-0-reinit")
+    assert reinit[:, 0] == pytest.approx(drawn[[1, 3], 0], abs=2)
+
+
+def test_the_figures_that_there_are_numbers_for(shown: report.Written) -> None:
+    names = ["hill", "early-stop", "curves", "layers", "noise", "weight-noise", "movement", "initial"]
+    assert [path.name for path in shown.figures] == [f"{name}.{kind}" for name in names for kind in ("svg", "png")]
+    for path in shown.figures:
+        head = path.read_bytes()[:8]
+        assert head == b"\x89PNG\r\n\x1a\n" if path.suffix == ".png" else head.startswith(b"<svg")
+    page = shown.page.read_text(encoding="utf-8")
+    assert page.count("<figure") == len(names)
+
+
+def test_the_same_run_gives_the_same_report(shown: report.Written, searched: Path) -> None:
+    before = {path: path.read_bytes() for path in (shown.page, *shown.figures)}
+    report.write(RunDir(searched), shown.page)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_movement_and_initial_weights_are_those_of_the_files(run: RunDir) -> None:
+    found = movement.of_run(run, 3, [0, 1])
+    for replicate, (kept, pruned) in enumerate(found.means):
+        start, end, masks = (
+            load_file(run.path / name)
+            for name in (
+                f"init/{replicate}.safetensors",
+                f"trained/{replicate}.safetensors",
+                f"masks/03-{replicate}.safetensors",
+            )
+        )
+        distance = torch.cat([(end[name].double() - start[name]).abs()[mask] for name, mask in masks.items()])
+        others = torch.cat([(end[name].double() - start[name]).abs()[~mask] for name, mask in masks.items()])
+        assert (kept, pruned) == pytest.approx((float(distance.mean()), float(others.mean())))
+    fc1 = found.initial["fc1.weight"]
+    wide = fc1.centers[1] - fc1.centers[0]
+    assert sum(fc1.one) * wide == pytest.approx(1) and sum(fc1.other) * wide == pytest.approx(1)
+    mask, start = load_file(run.mask_file(3, 0))["fc1.weight"], load_file(run.start_file(0))["fc1.weight"]
+    assert np.dot(fc1.one, fc1.centers) * wide == pytest.approx(float(start[mask].mean()), abs=wide)
+
+
+def test_trained_weights_are_those_of_the_dense_network(run: RunDir) -> None:
+    for replicate in range(2):
+        state = load_file(run.trained_file(replicate))
+        assert state.keys() == load_file(run.start_file(replicate)).keys()
+        first, initial = load_file(run.mask_file(1, replicate)), state["fc1.weight"].abs()
+        kept = first["fc1.weight"]
+        assert initial[kept].min() >= initial[~kept].max()  # magnitudes at the end of round 0 drew round 1's mask
+
+
+def test_with_learning_rate_rewinding_the_start_is_that_of_round_0(run: RunDir) -> None:
+    before = movement.of_run(run, 3, [0, 1])
+    for replicate in range(2):
+        run.start_file(replicate).rename(run.start_file(replicate, 0))
+    assert movement.of_run(run, 3, [0, 1]) == before
+
+
+def test_bfloat16_is_left_out_with_a_word(run: RunDir) -> None:
+    for replicate in range(2):
+        state = load_file(run.start_file(replicate))
+        save_file({name: value.bfloat16() for name, value in state.items()}, run.start_file(replicate))
+    written = report.write(run)
+    assert "initial.svg" not in [path.name for path in written.figures]
+    assert "BF16" in written.notes[0] and "BF16" in written.page.read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------- incomplete runs
+
+
+def test_an_unfinished_run_without_evaluations(run: RunDir) -> None:
+    shutil.rmtree(run.evals_folder)
+    shutil.rmtree(run.path / "trained")
+    run.finished_file.unlink()
+    run.ticket_file.unlink()
+    lines = run.log_file.read_text().splitlines()
+    run.log_file.write_text("\n".join(lines[:3]) + "\n")  # round 0, and one replicate of round 1
+    written = report.write(run)
+    page = Page(written.page.read_text(encoding="utf-8"))
+    assert len(page.tables["rounds"]) == 2 and "not finished" in page.text and "No winner" in page.text
+    assert "Not evaluated" in page.text and "holds no trained weights" in page.text
+
+
+def test_no_winner(run: RunDir) -> None:
+    lines = [json.loads(line) for line in run.log_file.read_text().splitlines()]
+    for line in lines:
+        line["accuracy_early"] = 0.9 if line["round"] == 0 else 0.1
+    run.log_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = run.recipe_file.read_text()
+    run.recipe_file.write_text(recipe.replace("tolerance: 100", "tolerance: 1"))
+    assert "No winner" in Page(report.write(run).page.read_text(encoding="utf-8")).text
+
+
+def test_a_run_without_a_finished_round(run: RunDir) -> None:
+    run.log_file.write_text("")
+    with pytest.raises(TicketfindError, match="no round has finished"):
+        report.write(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("03-x.json", "{", "expected the JSON object"),
+        ("03-x.json", "[]", "remaining"),
+        ("03-x.json", "[" * 100_000, "expected the JSON object"),
+        ("03-x.json", '{"remaining": 0.5, "arms": {}}', "verdict"),
+        ("03-x.json", '{"remaining": NaN, "arms": {}, "verdict": ""}', "remaining"),
+        ("03-x.json", evaluation(0.5, ticket={}), "accuracy_early.values"),
+        ("03-x.json", evaluation(0.5, ticket=stats(0.5, 0.6) | {"early_stop": {"values": [1]}}), "as many values"),
+        ("03-x.json", evaluation(0.5, ticket=stats(0.5, 1e15)), "accuracy_early.values"),
+        ("best.json", evaluation(0.5, ticket=stats(0.5, 0.6)), "NN-TIME.json"),
+    ],
+)  # fmt: skip
+def test_a_bad_evaluation_is_one_line(run: RunDir, name: str, text: str, expected: str) -> None:
+    (run.evals_folder / name).write_text(text)
+    with pytest.raises(TicketfindError, match=re.escape(expected)) as error:
+        report.write(run)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_log_with_numbers_beyond_reckoning_is_one_line(run: RunDir) -> None:
+    run.log_file.write_text(run.log_file.read_text().replace('"accuracy_early": ', '"accuracy_early": 1e200, "x": '))
+    with pytest.raises(TicketfindError, match=r"log\.jsonl: expected accuracies"):
+        report.write(run)
+
+
+def test_weights_that_do_not_fit_are_one_line(run: RunDir) -> None:
+    save_file({"fc1.weight": torch.zeros(3)}, run.trained_file(0))
+    with pytest.raises(TicketfindError, match=r"fit the mask|the same parameters"):
+        report.write(run)
+
+
+# ------------------------------------------------------------------------------------------- the page
+
+
+HOSTILE = '<script>alert(1)</script>"><img src=http://x.invalid/y>'
+
+
+def test_nothing_comes_from_elsewhere_and_nothing_runs(run: RunDir) -> None:
+    lines = [json.loads(line) for line in run.log_file.read_text().splitlines()]
+    for line in lines:
+        line["kept_per_tensor"] = {HOSTILE: line["kept"], "$a$\x1b": line["kept"], **line["kept_per_tensor"]}
+    run.log_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arms = {"ticket": stats(0.5, 0.6), HOSTILE: stats(0.5, 0.6)}
+    (run.evals_folder / "03-20270101T000000.json").write_text(evaluation(0.343, **arms))
+    recipe = run.recipe_file.read_text()
+    run.recipe_file.write_text(recipe.replace("spec: tests:tiny", f"spec: {json.dumps(HOSTILE)}"))
+    assert run.recipe().model.spec == HOSTILE
+    written = report.write(run)
+    text = written.page.read_text(encoding="utf-8")
+    page = Page(text)
+    assert not {"script", "img", "link", "iframe", "object", "b "} & {tag for tag, _ in page.tags}
+    for _, attributes in page.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href", "style", "action", "data"):
+                assert "//" not in (value or "") and (name == "style" or (value or "").startswith("#"))
+    assert not re.search(r"@import|url\((?!#)|\x1b", text)
+    assert HOSTILE in page.text and "<b>bold</b>" in page.text
+    for path in written.figures:
+        if path.suffix == ".svg":
+            tree = ET.fromstring(path.read_text(encoding="utf-8"))
+            assert not [node for node in tree.iter() if node.tag in (f"{SVG}script", f"{SVG}image")]
+
+
+def test_names_in_a_page_are_not_used_twice(shown: report.Written) -> None:
+    page = Page(shown.page.read_text(encoding="utf-8"))
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len({*ids})
+    targets = {value[1:] for _, a in page.tags if (value := a.get("xlink:href") or "")}
+    assert targets and targets <= {*ids}
+
+
+def test_every_color_has_one_for_the_dark() -> None:
+    for color in {*figures.COLORS.values(), *figures.SERIES, figures.INK, figures.FAINT}:
+        assert f'[style*="fill: {color}"]' in figures.DARK_RULES
+
+
+def test_svgs_use_no_color_that_dark_rules_do_not_know(shown: report.Written) -> None:
+    known = set(re.findall(r"#[0-9a-f]{6}", figures.DARK_RULES))
+    for path in shown.figures:
+        if path.suffix == ".svg":
+            _, _, drawing = path.read_text(encoding="utf-8").partition("</style>")
+            drawing = re.sub(r"<clipPath.*?</clipPath>", "", drawing, flags=re.DOTALL)
+            assert set(re.findall(r"#[0-9a-f]{6}\b", re.sub(r'(id|href)="[^"]*"', "", drawing))) <= known, path
+
+
+@pytest.mark.parametrize(
+    ("heights", "gap"), [([0.1, 0.1, 0.1], 0.1), ([0, 0.05, 0.5, 0.51], 0.1), ([0.3], 0.2), ([], 1)]
+)
+def test_names_are_spread_out(heights: list[float], gap: float) -> None:
+    places = figures.spread_out(heights, gap)
+    assert all(b - a >= gap - 1e-9 for a, b in itertools.pairwise(places))
+    assert sum(places) == pytest.approx(sum(heights))
+    assert max((abs(a - b) for a, b in zip(places, heights, strict=True)), default=0) < 2 * gap
+
+
+def test_a_curve_that_is_none_is_one_line() -> None:
+    line = {"round": 0, "replicate": 0, "curve": {"iteration": [2, 1], "test_accuracy": [0.5, "x"]}}
+    with pytest.raises(TicketfindError, match="curve"):
+        charts.curves([line], 0)
+
+
+# ----------------------------------------------------------------------------------------- the command
+
+
+def test_the_command(run: RunDir, command: Callable[..., Any], tmp_path: Path) -> None:
+    found = command("report", run.path, "--json").json
+    assert found.keys() == {"run", "report", "figures", "claims", "seconds"}
+    assert Path(found["report"]) == run.report_file and all(Path(path).is_file() for path in found["figures"])
+    shown = command("report", run.path, "--out", tmp_path / "other.html")
+    assert shown.code == 0 and (tmp_path / "other.html").is_file() and "not tested" in shown.out
+    assert (tmp_path / "other-figures" / "hill.png").is_file()
+    assert command("report", run.ticket_file).err.startswith("error: ")
+
+
+def test_without_matplotlib_one_line_says_what_to_install(
+    run: RunDir, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *more: Any, **keys: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *more, **keys)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    ran = command("report", run.path)
+    assert ran.code == 1 and ran.err.count("\n") == 1 and "pip install 'ticketfind[plots]'" in ran.err
+    assert not run.report_file.exists()
