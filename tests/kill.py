@@ -69,8 +69,11 @@ def attempt(out: Path, engine: str, prepare: Callable[[], None] = lambda: None) 
     os._exit(0)
 
 
-def at_a_file(number: int, moment: str) -> Callable[[], None]:
-    """Have the search, whichever of its processes writes, kill itself at a moment of the file with this number."""
+def at_a_file(number: int, moment: str, name: str = "") -> Callable[[], None]:
+    """Have the search, whichever of its processes writes, kill itself at a moment of a file's way to the disk.
+
+    number: which file, of those with `name` in their path.
+    """
 
     def prepare() -> None:
         own, count = os.getpid(), 0
@@ -80,29 +83,30 @@ def at_a_file(number: int, moment: str) -> Callable[[], None]:
             os.kill(own, signal.SIGKILL)
             time.sleep(10)  # a process of the search's own, which ends with it
 
-        def is_now(at: str) -> bool:
+        def is_now(at: str, path: Path) -> bool:
             nonlocal count
-            count += at == moment
-            return at == moment and count == number
+            here = at == moment and name in f"{path.parent.name}/{path.name.removeprefix('.')}"
+            count += here
+            return here and count == number
 
         def save_half(tensors: Any, path: Path, metadata: Any) -> None:
-            if is_now("before"):
+            if is_now("before", path):
                 die()
             save(tensors, path, metadata)
-            if is_now("within"):
+            if is_now("within", path):
                 os.truncate(path, random.randrange(path.stat().st_size))
                 die()
 
         def sync_and_die(path: Path) -> None:
-            if is_now("written"):
+            if is_now("written", path):
                 die()
             sync(path)
 
         def replace_and_die(self: Path, target: Path) -> Path:
-            if is_now("synced"):
+            if is_now("synced", target):
                 die()
             found = replace(self, target)
-            if is_now("renamed"):
+            if is_now("renamed", target):
                 die()
             return found
 
@@ -155,10 +159,34 @@ def kill_until_done(out: Path, engine: str, seconds: float, dice: random.Random,
             tally.torn["log.jsonl"] += 1
 
 
+NAMED = (
+    ("ticket.safetensors", "within"),
+    ("ticket.safetensors", "renamed"),
+    ("state/00-0.safetensors", "within"),
+    ("masks/02-1.safetensors", "within"),
+)
+
+
+def kill_at_each(folder: Path, expected: dict[str, bytes], tally: Tally) -> None:
+    """One search each, which kills itself within the writing, or right after the renaming, of one named file."""
+    for name, moment in NAMED:
+        out, where = folder / "named", f"{name} {moment}"
+        _, status = os.waitpid(attempt(out, "eager", at_a_file(1, moment, name)), 0)
+        if not os.WIFSIGNALED(status) or (moment == "within" and (out / name).exists()):
+            tally.faults.append(f"{where}: not killed, or not whole or absent")
+        tally.kills[f"eager, {where}"] += 1
+        os.waitpid(attempt(out, "eager"), 0)
+        if contents(out) != expected:
+            tally.faults.append(f"{where}: what is left differs from that of a search never killed")
+        tally.searches += 1
+        shutil.rmtree(out)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--named", action="store_true", help="also at moments of named files, the ticket among them")
     asked = parser.parse_args()
     dice, tally, began = random.Random(asked.seed), Tally(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -169,6 +197,9 @@ def main() -> int:
             assert status == 0, f"{engine}: the search that is not killed ended with status {status}"
             references[engine] = contents(out), time.monotonic() - start
             shutil.rmtree(out)
+        if asked.named:
+            kill_at_each(Path(folder), references["eager"][0], tally)
+        asked.kills += tally.kills.total()
         while tally.kills.total() < asked.kills and not tally.faults:
             engine = dice.choice(ENGINES)
             expected, seconds = references[engine]

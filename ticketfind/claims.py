@@ -273,8 +273,7 @@ def _random(found: Findings) -> list[_Part] | str:
 
 
 def _at_initialization(found: Findings) -> list[_Part] | str:
-    command = "ticketfind search --score large_init --rounds 1 --prune 0.8 --out OTHER draws such a mask"
-    return _worse(found, "init-magnitude", "reinit", command)
+    return _worse(found, "init-magnitude", "reinit", f"ticketfind eval {found.run} --control init-magnitude")
 
 
 def _worse(found: Findings, one: str, other: str, command: str) -> list[_Part] | str:
@@ -342,7 +341,7 @@ def _moves(found: Findings) -> list[_Part] | str:
 def _one_shot(found: Findings) -> list[_Part] | str:
     there = _with(found, "ticket", "dense", "one-shot")
     if isinstance(there, str):
-        return f"{there}: ticketfind search --rounds 1 --prune 0.9 --out OTHER is one-shot pruning"
+        return f"{there}: ticketfind eval {found.run} --control one-shot"
     first, last = there[0], there[-1]
     works = _accuracy(first.arms["one-shot"], first.arms["dense"], found)
     wins = _accuracy(last.arms["ticket"], last.arms["one-shot"], found)
