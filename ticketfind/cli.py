@@ -175,6 +175,69 @@ def evaluate(
         files.write_text(run.new_eval_file(tickets[0].about.round), terminal.dump(described))
 
 
+# --------------------------------------------------------------------------------------------- stability
+
+
+@app.command()
+@options.for_recipe(
+    "model_arg", "checkpoint", "checkpoint_key", "allow_mismatch", "data", "data_arg", "augment", "loss", "metric",
+    "iterations", "epochs", "batch_size", "lr", "optimizer", "replicates", "seed", "device", "precision", "engine",
+    "arms_at_once",
+)  # fmt: skip
+def stability(
+    *,
+    target: options.StabilityTarget = None,
+    at: options.At = None,
+    threshold: options.Threshold = 2.0,
+    round: options.SparseRound = None,
+    settings: options.Settings,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Find the iteration to rewind to: the earliest from which on a training no longer depends on the data's order.
+
+    Pairs of trainings share their first k iterations; the barrier is what the error rises by on the line between their
+    ends. Of a run the winner's sparse networks are looked at too, from the run's own rewind point on.
+    """
+    began = time.monotonic()
+    from ticketfind import advice, assemble, contents, devices, layers, results, terminal
+    from ticketfind import stability as finder
+
+    screen = terminal.Screen(as_json=as_json, quiet=quiet)
+    run = _run_at(None if target is None else Path(target)) if target is None or Path(target).is_dir() else None
+    tickets: list[Ticket] = []
+    if run is None:
+        if round is not None:
+            raise typer.BadParameter("--round is for a run")
+        is_recipe = target in layers.shipped() or str(target).endswith((".yaml", ".yml"))
+        named = {} if is_recipe else {"model.spec": target}
+        base = layers.base_layers(target if is_recipe else None, named.get("model.spec"), settings.get("data.spec"))
+        asked = layers.from_layers(*base, layers.nested({"run.tolerance": 0, **named, **settings}))
+    else:
+        settings = {"run.engine": "auto", "run.arms_at_once": None, **settings}
+        asked = layers.from_layers(run.recipe().plain(), layers.nested(settings))
+        if round is not None or results.winner_of(contents.finished_rounds(run)):
+            tickets = contents.tickets(run, round)
+    recipe, task = assemble.assemble(asked, arms=finder.trainings(asked.run))
+    questions = finder.questions(task, recipe, tickets, at or (), threshold, screen.message)
+    with signals.training(), terminal.Progress(screen, "training", signals.heed) as progress:
+        progress.begin(finder.most_iterations(questions, recipe.train), 0)
+        found = [
+            finder.find(
+                question,
+                task,
+                recipe.train,
+                way=devices.Way.of(recipe.run),
+                tick=progress.tick,
+                skip=progress.skip,
+                note=screen.message,
+            )
+            for question in questions
+        ]
+    shown = str(target or (run and run.path))
+    advice.show_stability(screen, shown, found, finder.POINTS, time.monotonic() - began)
+
+
 # ------------------------------------------------------------------------------------------------ export
 
 

@@ -177,6 +177,17 @@ Controls = Annotated[
 Trials = Annotated[
     Whole, _option("--trials", "Trainings of each ticket; default: as many as make ten over a run's replicates.", min=1)
 ]
+StabilityTarget = Annotated[
+    Text, _argument("MODEL|RECIPE|RUN", "Model, recipe (shipped or YAML) or run directory; default: the latest run.")
+]
+At = Annotated[
+    Texts,
+    _option("--at", "Measure here, and nowhere else: 0it, 500it, 2ep, 2%; repeatable. Default: a ladder, bisected."),
+]
+Threshold = Annotated[float, _option("--threshold", "Points of error; a lower barrier is stable.", min=0)]
+SparseRound = Annotated[
+    Whole, _option("--round", "The round of the run whose sparse networks are looked at too; default: the winner.")
+]
 Trust = Annotated[bool, _option("--trust", "Import the code that a ticket file names.")]
 Retrain = Annotated[bool, _option("--retrain", "Train the ticket, and compare with the accuracy that it claims.")]
 Format = Annotated[

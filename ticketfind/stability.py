@@ -27,8 +27,9 @@ from ticketfind.forks import Tick
 from ticketfind.lanes import put
 from ticketfind.outputs import call, counted
 from ticketfind.readers import duration
-from ticketfind.recipe import RecipeError, Train
+from ticketfind.recipe import Recipe, RecipeError, Run, Train
 from ticketfind.results import Spread
+from ticketfind.ticket import Ticket
 from ticketfind.train import Arm, Note, State, Task, check_memory, fit
 
 POINTS = 30
@@ -173,6 +174,52 @@ class Question:
         """Iterations that the question takes at the most."""
         each = sorted((self.iterations(k, total) for k in self.rungs), reverse=True)
         return sum(each[: len(each).bit_length()] if self.bisected else each)
+
+
+def questions(
+    task: Task, recipe: Recipe, tickets: Sequence[Ticket], at: Sequence[str], points: float, note: Note
+) -> list[Question]:
+    """What is asked of a resolved recipe's dense network and, where there are tickets, of the sparse one under their
+    masks, which begins where the tickets do.
+
+    at: the iterations to measure; a ladder to be bisected for none. points: the threshold. note: told what is left out.
+    Raises TicketfindError where the training is the user's own, or a ticket is of another network.
+    """
+    how, run = recipe.train, recipe.run
+    if how.is_external:
+        raise TicketfindError(
+            "train: expected a training by ticketfind, of which every iteration is known, found your own"
+        )
+    total, given = int(how.iterations), asked_ladder(at, task, how)
+    seeds = range(run.seed, run.seed + run.replicates)
+    arms = [Arm(f"dense, replicate {r}", task.start(s), {}, s, replicate=r) for r, s in enumerate(seeds)]
+    found = {"dense": arms, "sparse": [_ticket_arm(ticket, task) for ticket in tickets[: run.replicates]]}
+    asked = []
+    for network, arms in found.items():
+        first = arms[0].first if arms else 0
+        rungs = [k for k in given or ladder(total, first) if first <= k < total]
+        if arms and not rungs:
+            note(f"the {network} network is left out: its training goes from iteration {first} to {total}")
+        elif arms:
+            asked.append(Question(network=network, arms=arms, rungs=rungs, bisected=not given, threshold=points / 100))
+    return asked
+
+
+def trainings(run: Run) -> int:
+    """How many are trained together, at the most."""
+    return 2 * run.replicates
+
+
+def most_iterations(asked: Sequence[Question], how: Train) -> int:
+    """That all questions take, at the most."""
+    return sum(question.most(int(how.iterations)) for question in asked)
+
+
+def _ticket_arm(ticket: Ticket, task: Task) -> Arm:
+    ticket.check_fits(task.model)
+    about = ticket.about
+    name = f"sparse, replicate {about.replicate}"
+    return Arm(name, ticket.init, ticket.masks, ticket.first_seed, about.iteration, about.round, about.replicate)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,108 @@
+"""How it is shown where to rewind to: a table and lines for people, one object for --json (docs/json.md). No torch."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ticketfind.terminal import Screen, percent, spread, table
+from ticketfind.views import plural
+
+if TYPE_CHECKING:
+    from ticketfind.stability import Rung, Stability
+
+
+def show_stability(screen: Screen, target: str, found: Sequence["Stability"], points: int, seconds: float) -> None:
+    """`stability`; points: places on a line."""
+    lines = []
+    for each in found:
+        screen.print(table((f"{each.question.network}, k", "barrier", "error at the ends", ""), _rows(each)))
+        for note in _notes(each):
+            screen.message(note)
+        lines.append(_recommendation(each))
+    total = sum(each.iterations for each in found)
+    lines.append(f"the finder took {total:,} iterations, as many as {total / found[0].total:.1f} dense trainings")
+    screen.result(
+        "\n".join(lines),
+        {
+            "target": target,
+            "threshold": found[0].question.threshold,
+            "points": points,
+            "networks": [_network_json(each) for each in found],
+            "iterations": total,
+            "seconds": seconds,
+        },
+    )
+
+
+def _rows(found: "Stability") -> list[tuple[str, ...]]:
+    return [
+        (f"{rung.iteration:,}", _barrier(rung), spread(rung.error), "stable" if rung.stable else "not stable")
+        for rung in found.rungs
+    ]
+
+
+def _barrier(rung: "Rung") -> str:
+    """``1.20 ± 0.31 [0.43, 1.97]`` points, the interval that of the mean."""
+    interval = rung.barrier.interval
+    text = spread(rung.barrier)
+    return text if interval is None else f"{text} [{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]"
+
+
+def _notes(found: "Stability") -> list[str]:
+    """What to know about how the rungs were chosen."""
+    asked = found.question
+    left = len(asked.rungs) - len(found.rungs)
+    notes = []
+    if len(found.rungs[0].barrier.values) == 1:
+        notes.append("one pair of trainings for each k says little; more --replicates give an interval")
+    if left:
+        notes.append(
+            f"{asked.network}: {left} of {plural(len(asked.rungs), 'iteration')} on the ladder not measured: what is"
+            " stable at one is taken to be so at every later one; --at measures where you say"
+        )
+    if found.contradicting:
+        where = ", ".join(f"{k:,}" for k in found.contradicting)
+        notes.append(f"{asked.network}: stable at {where}, but not at a later iteration: more --replicates would tell")
+    return notes
+
+
+def _recommendation(found: "Stability") -> str:
+    network, k, total, first = found.question.network, found.earliest, found.total, found.question.first
+    limit = f"{100 * found.question.threshold:g} points"
+    if k is None:
+        last = found.rungs[-1].iteration
+        return (
+            f"{network}: not stable up to iteration {last:,} of {total:,} (barrier below {limit});"
+            " try later ones (--at 75%), a lower --lr or a longer warmup (--set train.warmup=10%)"
+        )
+    if network == "sparse" and k == first:
+        return f"sparse: stable where its trainings begin, at iteration {k:,}: a rewind point to keep"
+    rounds = f"each round after the dense one takes {total - k:,} iterations" + (f" instead of {total:,}" if k else "")
+    ticket = (
+        f"a ticket needs {k:,} iterations of dense training first, once ({percent(k / total)} of it)"
+        if k
+        else "a ticket needs no dense training first"
+    )
+    return f"{network}: stable from iteration {k:,} on: search with --rewind {k}it; {rounds}, and {ticket}"
+
+
+def _network_json(found: "Stability") -> dict[str, Any]:
+    k, total = found.earliest, found.total
+    return {
+        "network": found.question.network,
+        "remaining": found.remaining,
+        "ladder": list(found.question.rungs),
+        "rungs": [
+            {
+                "iteration": rung.iteration,
+                "stable": rung.stable,
+                "barrier": rung.barrier.json(),
+                "error": rung.error.json(),
+            }
+            for rung in found.rungs
+        ],
+        "recommended": None
+        if k is None
+        else {"rewind": f"{k}it", "iteration": k, "share": k / total, "round_iterations": total - k},
+        "contradicting": list(found.contradicting),
+        "iterations": found.iterations,
+    }
