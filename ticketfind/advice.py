@@ -1,12 +1,13 @@
-"""How it is shown where to rewind to: a table and lines for people, one object for --json (docs/json.md). No torch."""
+"""What to search with: how rewind points and recipes are shown, for people and as --json (docs/json.md). No torch."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ticketfind.terminal import Screen, percent, spread, table
+from ticketfind.terminal import Screen, brief, percent, size, spread, table
 from ticketfind.views import plural
 
 if TYPE_CHECKING:
+    from ticketfind.catalog import Entry
     from ticketfind.stability import Rung, Stability
 
 
@@ -105,4 +106,68 @@ def _network_json(found: "Stability") -> dict[str, Any]:
         else {"rewind": f"{k}it", "iteration": k, "share": k / total, "round_iterations": total - k},
         "contradicting": list(found.contradicting),
         "iterations": found.iterations,
+    }
+
+
+def show_recipes(screen: Screen, entries: Sequence["Entry"]) -> None:
+    """`recipes`: a row for each."""
+    timed = any(each.step is not None for each in entries)
+    columns = ["recipe", "model", "data", "weights", "rounds", "trainings", "iterations", "examples", "disk"]
+    screen.print(
+        table([*columns, *(("step", "time") if timed else ())], [_recipe_row(each) for each in entries], left=3)
+    )
+    notes = ["ticketfind recipes NAME prints the recipe, to be saved and edited; ticketfind search NAME runs it"]
+    if any(each.recipe.data.spec is None for each in entries):
+        notes.append("--data: give your own; weights and disk are for the shapes that the networks are made for")
+    if timed:
+        notes.append("time: of training steps, measured here, one after another, without evaluations")
+    screen.result("\n".join(notes), recipes_json(entries))
+
+
+def show_recipe(screen: Screen, entry: "Entry") -> None:
+    """`recipes NAME`: its file as it is."""
+    screen.result(entry.text.rstrip("\n"), recipes_json([entry]))
+
+
+def recipes_json(entries: Sequence["Entry"]) -> dict[str, Any]:
+    """The JSON object of `recipes`."""
+    return {"recipes": [_recipe_json(each) for each in entries]}
+
+
+def _recipe_row(entry: "Entry") -> list[str]:
+    recipe, plan = entry.recipe, entry.plan
+    row = [
+        recipe.name,
+        recipe.model.spec,
+        recipe.data.spec or "--data",
+        f"{entry.parameters:,}",
+        str(len(plan.iterations) - 1),
+        str(entry.trainings),
+        f"{entry.iterations:,}",
+        f"{entry.examples:,}",
+        size(plan.disk),
+    ]
+    if entry.step is not None and entry.seconds is not None:
+        row += [brief(entry.step), brief(entry.seconds)]
+    return row
+
+
+def _recipe_json(entry: "Entry") -> dict[str, Any]:
+    recipe, plan = entry.recipe, entry.plan
+    return {
+        "name": recipe.name,
+        "about": entry.about,
+        "model": recipe.model.spec,
+        "data": recipe.data.spec,
+        "parameters": entry.parameters,
+        "prunable": plan.kept[0],
+        "remaining": plan.kept[-1] / plan.kept[0],
+        "rounds": len(plan.iterations) - 1,
+        "replicates": recipe.run.replicates,
+        "trainings": entry.trainings,
+        "iterations": entry.iterations,
+        "examples": entry.examples,
+        "disk": plan.disk,
+        "step_seconds": entry.step,
+        "yaml": entry.text,
     }

@@ -408,6 +408,25 @@ def _inspect_model(spec: str, settings: options.Settings, screen: "Screen") -> N
     views.show_model(screen, spec, found, kept, views.Outlook(recipe, plan, task.data.resident_bytes, seconds))
 
 
+# ----------------------------------------------------------------------------------------------- recipes
+
+
+@app.command()
+def recipes(
+    name: options.ShippedName = None,
+    time: options.Timed = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """List the recipes that come with ticketfind, and what each costs; or print one, to be saved and edited."""
+    from ticketfind import advice, catalog, layers, terminal
+
+    screen = terminal.Screen(as_json=as_json, quiet=quiet)
+    if name is not None:
+        return advice.show_recipe(screen, catalog.entry(layers.shipped_file(name), timed=time))
+    advice.show_recipes(screen, [catalog.entry(file, timed=time) for file in layers.shipped().values()])
+
+
 # ------------------------------------------------------------------------------------------------- bench
 
 

@@ -123,6 +123,14 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 
 
+def shipped_file(name: str) -> Path:
+    """The file of a shipped recipe. Raises TicketfindError where there is none of that name."""
+    known = shipped()
+    if name not in known:
+        raise TicketfindError(f"recipe {name!r}: expected one of {', '.join(known)}{suggest(name, known)}")
+    return known[name]
+
+
 def find_layer(name: str) -> Layer:
     """The layer of a shipped recipe's name or of a YAML file. Raises TicketfindError for neither."""
     known = shipped()
