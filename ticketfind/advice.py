@@ -112,13 +112,12 @@ def _network_json(found: "Stability") -> dict[str, Any]:
 def show_recipes(screen: Screen, entries: Sequence["Entry"]) -> None:
     """`recipes`: a row for each."""
     timed = any(each.step is not None for each in entries)
-    columns = ["recipe", "model", "data", "weights", "rounds", "trainings", "iterations", "examples", "disk"]
-    screen.print(
-        table([*columns, *(("step", "time") if timed else ())], [_recipe_row(each) for each in entries], left=3)
-    )
+    columns = ["recipe", "model", "data", "images", "weights", "rounds", "trainings", "iterations", "examples", "disk"]
+    columns += ["step", "time"] if timed else []
+    screen.print(table(columns, [_recipe_row(each) for each in entries], left=4))
     notes = ["ticketfind recipes NAME prints the recipe, to be saved and edited; ticketfind search NAME runs it"]
     if any(each.recipe.data.spec is None for each in entries):
-        notes.append("--data: give your own; weights and disk are for the shapes that the networks are made for")
+        notes.append("--data: give your own, images of another size too; the counts are for the size that is shown")
     if timed:
         notes.append("time: of training steps, measured here, one after another, without evaluations")
     screen.result("\n".join(notes), recipes_json(entries))
@@ -140,6 +139,7 @@ def _recipe_row(entry: "Entry") -> list[str]:
         recipe.name,
         recipe.model.spec,
         recipe.data.spec or "--data",
+        "x".join(map(str, entry.shape)),
         f"{entry.parameters:,}",
         str(len(plan.iterations) - 1),
         str(entry.trainings),
@@ -159,6 +159,7 @@ def _recipe_json(entry: "Entry") -> dict[str, Any]:
         "about": entry.about,
         "model": recipe.model.spec,
         "data": recipe.data.spec,
+        "shape": list(entry.shape),
         "parameters": entry.parameters,
         "prunable": plan.kept[0],
         "remaining": plan.kept[-1] / plan.kept[0],

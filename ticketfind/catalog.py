@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ticketfind import assemble, devices, layers, models, nets
-from ticketfind.batches import Data, Split
+from ticketfind.batches import Data, Split, tensors_of
 from ticketfind.recipe import Recipe
 from ticketfind.search import Plan, make_plan
 from ticketfind.train import Task, step_seconds
@@ -24,6 +24,8 @@ class Entry:
     """The comment that its file begins with."""
     text: str
     """The file."""
+    shape: tuple[int, ...]
+    """Of an image that it is counted for: channels, height, width."""
     plan: Plan
     step: float | None
     """Seconds of a training step on this machine, where it was measured."""
@@ -66,7 +68,9 @@ def entry(file: Path, *, timed: bool = False) -> Entry:
     step = None
     if timed:
         step = statistics.median(step_seconds(task, resolved.train)[1:])
-    return Entry(recipe, _about(text), text, make_plan(resolved, task.model), step)
+    assert task.data is not None
+    (image,) = tensors_of(task.data.example(1)[0])
+    return Entry(recipe, _about(text), text, tuple(image.shape[1:]), make_plan(resolved, task.model), step)
 
 
 def _about(text: str) -> str:

@@ -120,7 +120,8 @@ def read_layer(path: Path) -> Layer:
 
 def shipped() -> dict[str, Path]:
     """The recipes that come with ticketfind: name -> file."""
-    return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+    files = (Path(__file__).parent / "recipes").glob("*.yaml")
+    return {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
 
 
 def shipped_file(name: str) -> Path:

@@ -145,9 +145,7 @@ Blocks = Annotated[int, _option("--blocks", "Times that each is measured, in tur
 Seconds = Annotated[float, _option("--seconds", "Length of a measurement, about.", min=0.001)]
 
 ShippedName = Annotated[Text, _argument("NAME", "A shipped recipe, to be printed whole; default: a list of all.")]
-Timed = Annotated[
-    bool, _option("--time", "Measure a training step of each on this machine, and say what all would take.")
-]
+Timed = Annotated[bool, _option("--time", "Measure a training step of each on this machine.")]
 
 # tickets and runs
 TicketOrRun = Annotated[Path | None, _argument("TICKET|RUN", "Ticket file or run directory; default: the latest run.")]
