@@ -114,13 +114,12 @@ def show_recipes(screen: Screen, entries: Sequence["Entry"]) -> None:
     timed = any(each.step is not None for each in entries)
     columns = ["recipe", "model", "data", "images", "weights", "rounds", "trainings", "iterations", "examples", "disk"]
     columns += ["step", "time"] if timed else []
-    screen.print(table(columns, [_recipe_row(each) for each in entries], left=4))
-    notes = ["ticketfind recipes NAME prints the recipe, to be saved and edited; ticketfind search NAME runs it"]
-    if any(each.recipe.data.spec is None for each in entries):
-        notes.append("--data: give your own, images of another size too; the counts are for the size that is shown")
+    screen.message("ticketfind recipes NAME prints a recipe, to be saved and edited; ticketfind search NAME runs it")
+    screen.message("--data: give your own, images of another size too; the counts are for the size that is shown")
     if timed:
-        notes.append("time: of training steps, measured here, one after another, without evaluations")
-    screen.result("\n".join(notes), recipes_json(entries))
+        screen.message("time: of training steps, measured here, one after another, without evaluations")
+    rows = table(columns, [_recipe_row(each) for each in entries], left=4)
+    screen.result(rows.plain, recipes_json(entries))
 
 
 def show_recipe(screen: Screen, entry: "Entry") -> None:
