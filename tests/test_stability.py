@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ticketfind import TicketfindError, contents, stability
+from ticketfind import TicketfindError, advice, contents, stability
 from ticketfind.batches import Order, Split
 from ticketfind.layers import from_layers
 from ticketfind.recipe import Recipe, RecipeError, Train
@@ -367,3 +368,67 @@ def test_a_training_of_ones_own_is_refused(make_task: Callable[..., Task]) -> No
     asked = from_layers({"train": {"command": "train {init} {mask} {seed} {out}"}, "run": {"tolerance": 1}})
     with pytest.raises(TicketfindError, match="found your own"):
         stability.questions(make_task("mlp", data=None), asked, [], [], 2.0, print)
+
+
+# ------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("barriers", "word"), [((0.1, 0.11), "not stable"), ((0.001, 0.02), "unclear"), ((0.001, 0.0011), "stable")]
+)
+def test_few_pairs_may_leave_it_open(barriers: tuple[float, float], word: str) -> None:
+    measured = Rung.of(0, [[0.1, 0.1 + value, 0.1] for value in barriers], 0.02)
+    asked = Question(network="dense", arms=[Arm("a", {}, {}, 0)], rungs=[0], bisected=False, threshold=0.02)
+    found = Stability(asked, 100, 1.0, (measured,), 0)
+    assert advice._rows(found)[0][-1] == word
+    assert ("more --replicates" in advice._recommendation(found)) == (word == "unclear")
+
+
+SMALL = ("--iterations", "20", "--replicates", "2", "--set", "train.eval_every=10")
+
+
+def test_a_model_a_recipe_and_a_run(command: Callable[..., Any]) -> None:
+    ran = command("stability", "digits", *SMALL, "--at", "0", "--at", "50%", "--threshold", "50")
+    assert ran.code == 0 and "dense: stable from iteration" in ran.out and "the finder took 140 iterations" in ran.out
+    of_model = ("stability", "lenet-300-100", "--data", "digits", "--set", "data.validation=200", "--json")
+    found = command(*of_model, *SMALL, "--threshold", "0").json
+    assert found["networks"][0]["recommended"] is None and found["threshold"] == 0
+    assert (
+        command("search", "digits", *SMALL, "--rounds", "2", "--rewind", "5it", "--set", "run.tolerance=100").code == 0
+    )
+    dense, sparse = command("stability", "--json").json["networks"]
+    assert (dense["ladder"], sparse["ladder"]) == ([0, 1, 2, 5, 10], [5, 10])
+    assert (dense["remaining"], sparse["remaining"] < 0.7) == (1, True)
+    (other,) = [
+        each for each in command("stability", "runs/digits", "--round", "1", "--at", "5", "--json").json["networks"]
+        if each["network"] == "sparse"
+    ]  # fmt: skip
+    assert other["remaining"] == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["digits", "--at", "1000"], 2, "--at: expected an iteration before the training's end at 1000"),
+        (["digits", "--round", "2"], 2, "--round is for a run"),
+        (["t.safetensors"], 1, "t.safetensors: expected a model, a recipe or a run directory"),
+        (["resnet-20"], 2, "data.spec: expected the data to train on"),
+        (["nosuch.yaml"], 1, "nosuch.yaml: cannot read the recipe"),
+        ([], 1, "run"),
+        (["digits", "--threshold", "-1"], 2, "--threshold"),
+    ],
+)
+def test_what_cannot_be_looked_at(arguments: list[str], code: int, message: str, command: Callable[..., Any]) -> None:
+    ran = command("stability", *arguments)
+    assert (ran.code, ran.out) == (code, "") and message in ran.err and "Traceback" not in ran.err
+
+
+def test_a_stop_is_one_line(command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> list[float]:
+        signal.raise_signal(signal.SIGINT)
+        _[4](0)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(stability, "errors_between", interrupt)
+    ran = command("stability", "digits", *SMALL)
+    assert (ran.code, ran.out, ran.err) == (130, "", "stopped\n")

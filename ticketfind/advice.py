@@ -36,9 +36,13 @@ def show_stability(screen: Screen, target: str, found: Sequence["Stability"], po
 
 def _rows(found: "Stability") -> list[tuple[str, ...]]:
     return [
-        (f"{rung.iteration:,}", _barrier(rung), spread(rung.error), "stable" if rung.stable else "not stable")
+        (f"{rung.iteration:,}", _barrier(rung), spread(rung.error), _word(rung, found.question.threshold))
         for rung in found.rungs
     ]
+
+
+def _word(rung: "Rung", threshold: float) -> str:
+    return "stable" if rung.stable else "unclear" if rung.barrier.mean < threshold else "not stable"
 
 
 def _barrier(rung: "Rung") -> str:
@@ -70,10 +74,12 @@ def _recommendation(found: "Stability") -> str:
     network, k, total, first = found.question.network, found.earliest, found.total, found.question.first
     limit = f"{100 * found.question.threshold:g} points"
     if k is None:
-        last = found.rungs[-1].iteration
+        last = found.rungs[-1]
+        advice = "try later ones (--at 75%), a lower --lr or a longer warmup (--set train.warmup=10%)"
+        if _word(last, found.question.threshold) == "unclear":
+            advice = "the interval there is too wide to tell: more --replicates"
         return (
-            f"{network}: not stable up to iteration {last:,} of {total:,} (barrier below {limit});"
-            " try later ones (--at 75%), a lower --lr or a longer warmup (--set train.warmup=10%)"
+            f"{network}: not stable up to iteration {last.iteration:,} of {total:,} (barrier below {limit}); {advice}"
         )
     if network == "sparse" and k == first:
         return f"sparse: stable where its trainings begin, at iteration {k:,}: a rewind point to keep"

@@ -204,7 +204,10 @@ def stability(
     from ticketfind import stability as finder
 
     screen = terminal.Screen(as_json=as_json, quiet=quiet)
-    run = _run_at(None if target is None else Path(target)) if target is None or Path(target).is_dir() else None
+    if str(target).endswith(".safetensors"):
+        raise TicketfindError(f"{target}: expected a model, a recipe or a run directory, found a file of weights")
+    path = None if target is None else Path(target)
+    run = _run_at(path) if path is None or path.is_dir() else None
     tickets: list[Ticket] = []
     if run is None:
         if round is not None:
