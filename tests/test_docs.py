@@ -243,6 +243,8 @@ PRINTED = {
     "inspect RUN": ["inspect"],
     "inspect TICKET": ["inspect", "runs/digits/ticket.safetensors"],
     "inspect MODEL": ["inspect", "lenet-300-100", "--data", "digits", "--set", "data.validation=200"],
+    "stability": ["stability", "--at", "0", "--at", "10it"],
+    "recipes": ["recipes"],
     "bench": ["bench", "--blocks", "1", "--seconds", "0.01"],
 }
 

@@ -89,6 +89,7 @@ def test_the_default_recipe_is_what_an_empty_one_gives():
         ("conv-4", 25_000, 60, "adam", 3e-4, {"conv*": 0.1, "fc*": 0.2, "fc3.*": 0.1}, "layer"),
         ("conv-6", 30_000, 60, "adam", 3e-4, {"conv*": 0.15, "fc*": 0.2, "fc3.*": 0.1}, "layer"),
         ("resnet-20", 30_000, 128, "sgd", 0.1, {"*": 0.2}, "global"),
+        ("resnet-20-warmup", 30_000, 128, "sgd", 0.03, {"*": 0.2}, "global"),
         ("vgg-19", 112_480, 64, "sgd", 0.1, {"*": 0.2}, "global"),
     ],
 )
@@ -105,12 +106,13 @@ def test_shipped_recipes_are_the_papers(name, iterations, batch_size, optimizer,
 
 def test_every_shipped_recipe_is_tested_above():
     assert sorted(layers.shipped()) == sorted(
-        ["digits", "lenet-300-100", "conv-2", "conv-4", "conv-6", "resnet-20", "vgg-19"]
+        ["digits", "lenet-300-100", "conv-2", "conv-4", "conv-6", "resnet-20", "resnet-20-warmup", "vgg-19"]
     )
 
 
 @pytest.mark.parametrize(
-    ("name", "milestones"), [("resnet-20", [20_000, 25_000]), ("vgg-19", [56_250, 84_375])]
+    ("name", "milestones"),
+    [("resnet-20", [20_000, 25_000]), ("resnet-20-warmup", [20_000, 25_000]), ("vgg-19", [56_250, 84_375])],
 )  # vgg-19: epochs 80 and 120 of 45,000 / 64 iterations
 def test_milestones_of_the_shipped_recipes(name, milestones):
     found = from_layers(layers.find_layer(name)).resolved(train_size=45_000, validation=1, device="cpu")

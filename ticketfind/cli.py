@@ -175,6 +175,72 @@ def evaluate(
         files.write_text(run.new_eval_file(tickets[0].about.round), terminal.dump(described))
 
 
+# --------------------------------------------------------------------------------------------- stability
+
+
+@app.command()
+@options.for_recipe(
+    "model_arg", "checkpoint", "checkpoint_key", "allow_mismatch", "data", "data_arg", "augment", "loss", "metric",
+    "iterations", "epochs", "batch_size", "lr", "optimizer", "replicates", "seed", "device", "precision", "engine",
+    "arms_at_once",
+)  # fmt: skip
+def stability(
+    *,
+    target: options.StabilityTarget = None,
+    at: options.At = None,
+    threshold: options.Threshold = 2.0,
+    round: options.SparseRound = None,
+    settings: options.Settings,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Find the iteration to rewind to: the earliest from which on a training no longer depends on the data's order.
+
+    Pairs of trainings share their first k iterations; the barrier is what the error rises by on the line between their
+    ends. Of a run the winner's sparse networks are looked at too, from the run's own rewind point on.
+    """
+    began = time.monotonic()
+    from ticketfind import advice, assemble, contents, devices, layers, results, terminal
+    from ticketfind import stability as finder
+
+    screen = terminal.Screen(as_json=as_json, quiet=quiet)
+    if str(target).endswith(".safetensors"):
+        raise TicketfindError(f"{target}: expected a model, a recipe or a run directory, found a file of weights")
+    path = None if target is None else Path(target)
+    run = _run_at(path) if path is None or path.is_dir() else None
+    tickets: list[Ticket] = []
+    if run is None:
+        if round is not None:
+            raise typer.BadParameter("--round is for a run")
+        is_recipe = target in layers.shipped() or str(target).endswith((".yaml", ".yml"))
+        named = {} if is_recipe else {"model.spec": target}
+        base = layers.base_layers(target if is_recipe else None, named.get("model.spec"), settings.get("data.spec"))
+        asked = layers.from_layers(*base, layers.nested({"run.tolerance": 0, **named, **settings}))
+    else:
+        settings = {"run.engine": "auto", "run.arms_at_once": None, **settings}
+        asked = layers.from_layers(run.recipe().plain(), layers.nested(settings))
+        if round is not None or results.winner_of(contents.finished_rounds(run)):
+            tickets = contents.tickets(run, round)
+    recipe, task = assemble.assemble(asked, arms=finder.trainings(asked.run))
+    questions = finder.questions(task, recipe, tickets, at or (), threshold, screen.message)
+    with signals.training(), terminal.Progress(screen, "training", signals.heed) as progress:
+        progress.begin(finder.most_iterations(questions, recipe.train), 0)
+        found = [
+            finder.find(
+                question,
+                task,
+                recipe.train,
+                way=devices.Way.of(recipe.run),
+                tick=progress.tick,
+                skip=progress.skip,
+                note=screen.message,
+            )
+            for question in questions
+        ]
+    shown = str(target or (run and run.path))
+    advice.show_stability(screen, shown, found, finder.POINTS, time.monotonic() - began)
+
+
 # ------------------------------------------------------------------------------------------------ export
 
 
@@ -368,6 +434,25 @@ def _inspect_model(spec: str, settings: options.Settings, screen: "Screen") -> N
     plan = searching.make_plan(recipe, task.model)
     seconds = [] if recipe.train.is_external else train.step_seconds(task, recipe.train)
     views.show_model(screen, spec, found, kept, views.Outlook(recipe, plan, task.data.resident_bytes, seconds))
+
+
+# ----------------------------------------------------------------------------------------------- recipes
+
+
+@app.command()
+def recipes(
+    name: options.ShippedName = None,
+    time: options.Timed = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """List the recipes that come with ticketfind, and what each costs; or print one, to be saved and edited."""
+    from ticketfind import advice, catalog, layers, terminal
+
+    screen = terminal.Screen(as_json=as_json, quiet=quiet)
+    if name is not None:
+        return advice.show_recipe(screen, catalog.entry(layers.shipped_file(name), timed=time))
+    advice.show_recipes(screen, [catalog.entry(file, timed=time) for file in layers.shipped().values()])
 
 
 # ------------------------------------------------------------------------------------------------- bench

@@ -120,7 +120,16 @@ def read_layer(path: Path) -> Layer:
 
 def shipped() -> dict[str, Path]:
     """The recipes that come with ticketfind: name -> file."""
-    return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+    files = (Path(__file__).parent / "recipes").glob("*.yaml")
+    return {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
+
+
+def shipped_file(name: str) -> Path:
+    """The file of a shipped recipe. Raises TicketfindError where there is none of that name."""
+    known = shipped()
+    if name not in known:
+        raise TicketfindError(f"recipe {name!r}: expected one of {', '.join(known)}{suggest(name, known)}")
+    return known[name]
 
 
 def find_layer(name: str) -> Layer:

@@ -3,6 +3,7 @@
 Every weight starts Gaussian Glorot, every bias zero. `input_shape` is (channels, height, width).
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 
@@ -151,3 +152,9 @@ NETS: dict[str, Callable[..., nn.Module]] = {
     "resnet-20": Resnet,
     "vgg-19": Vgg,
 }
+
+
+def default_shape(name: str) -> Shape:
+    """What a network in `NETS` takes where nothing else is asked for: channels, height, width."""
+    shape: Shape = inspect.signature(NETS[name]).parameters["input_shape"].default
+    return shape

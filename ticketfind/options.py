@@ -144,6 +144,9 @@ DryRun = Annotated[bool, _option("--dry-run", "Show the plan; train nothing, wri
 Blocks = Annotated[int, _option("--blocks", "Times that each is measured, in turn with the others.", min=1)]
 Seconds = Annotated[float, _option("--seconds", "Length of a measurement, about.", min=0.001)]
 
+ShippedName = Annotated[Text, _argument("NAME", "A shipped recipe, to be printed whole; default: a list of all.")]
+Timed = Annotated[bool, _option("--time", "Measure a training step of each on this machine.")]
+
 # tickets and runs
 TicketOrRun = Annotated[Path | None, _argument("TICKET|RUN", "Ticket file or run directory; default: the latest run.")]
 RunArg = Annotated[Path | None, _argument("RUN", "Run directory; default: the latest run.")]
@@ -177,6 +180,17 @@ Controls = Annotated[
 ]
 Trials = Annotated[
     Whole, _option("--trials", "Trainings of each ticket; default: as many as make ten over a run's replicates.", min=1)
+]
+StabilityTarget = Annotated[
+    Text, _argument("MODEL|RECIPE|RUN", "Model, recipe (shipped or YAML) or run directory; default: the latest run.")
+]
+At = Annotated[
+    Texts,
+    _option("--at", "Measure here, and nowhere else: 0it, 500it, 2ep, 2%; repeatable. Default: a ladder, bisected."),
+]
+Threshold = Annotated[float, _option("--threshold", "Points of error; a lower barrier is stable.", min=0)]
+SparseRound = Annotated[
+    Whole, _option("--round", "The round of the run whose sparse networks are looked at too; default: the winner.")
 ]
 Trust = Annotated[bool, _option("--trust", "Import the code that a ticket file names.")]
 Retrain = Annotated[bool, _option("--retrain", "Train the ticket, and compare with the accuracy that it claims.")]

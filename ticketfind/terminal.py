@@ -3,9 +3,10 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
@@ -106,6 +107,19 @@ def duration(seconds: float) -> str:
 def brief(seconds: float) -> str:
     """``0.0123`` as ``12.3 ms``; from a second on as `duration`, but for the first minute."""
     return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s" if seconds < 60 else duration(seconds)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Text:
+    """A plain table: the first `left` columns to the left, the rest (numbers) to the right."""
+    cells = [columns, *([printable(cell.replace("\n", " ")) for cell in row] for row in rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        blanks = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        pairs = enumerate(zip(row, blanks, strict=True))
+        lines.append("  ".join(cell + blank if n < left else blank + cell for n, (cell, blank) in pairs).rstrip())
+    head, *body = lines
+    return Text.assemble((head, "bold"), *(f"\n{line}" for line in body))
 
 
 # ---------------------------------------------------------------------------------------------- rounds

@@ -139,6 +139,8 @@ class Work:
     folder: Path | None
     """Where an outside program's files go."""
     snapshots: Snapshots | None = None
+    until: int | None = None
+    """Iteration after which it ends, though its schedule is that of a whole training; None for the whole."""
 
 
 Trainer = Callable[[Task, Arm, Work], "Outcome | Failed"]
@@ -152,6 +154,7 @@ def fit(
     *,
     way: Way = EAGER,
     keep_at: int | None = None,
+    until: int | None = None,
     tick: Tick = lambda n: None,
     note: Note = lambda text: None,
     folder: Path | None = None,
@@ -160,15 +163,16 @@ def fit(
     """Train every arm to ``how.iterations``; each with its outcome, in order, as it is finished.
 
     way: how the arms share the device; the numbers do not depend on it beyond rounding. keep_at: iteration whose
-    weights are kept in the outcome. tick: told of the iterations done; may raise, to end it all. note: told what the
-    user should know. folder: for the files of an outside program that trains. snapshots: trainings go on from them,
-    and are kept in them, at the latest when `tick` raises.
+    weights are kept in the outcome. until: iteration to end after; what is trained is the beginning of the whole. tick:
+    told of the iterations done; may raise, to end it all. note: told what the user should know. folder: for the files
+    of an outside program that trains. snapshots: trainings go on from them, and are kept in them, at the latest when
+    `tick` raises.
     Raises TicketfindError, naming the arm, where the training fails; numbers that are no longer finite end one arm.
     """
     together = [*_together(arms, way.in_step)]
 
     def train(index: int, tick: Tick) -> list[Outcome | Failed]:
-        work = Work(how, keep_at, tick, folder, snapshots)
+        work = Work(how, keep_at, tick, folder, snapshots, until)
         with _faults_of(together[index], task, how, min(way.at_once, len(arms))):
             if task.trainer is not None:
                 return [task.trainer(task, arm, work) for arm in together[index]]
@@ -230,8 +234,8 @@ PAUSE = 0.2
 def _train(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) -> list[Outcome | Failed]:
     """Train arms that begin at the same iteration."""
     how, keep_at, first = work.how, work.keep_at, arms[0].first
-    total, every = int(how.iterations), int(how.eval_every)
-    measured_at = {stop for stop in (*range(every, total, every), total) if stop > first}
+    last, every = int(how.iterations) if work.until is None else work.until, int(how.eval_every)
+    measured_at = {stop for stop in (*range(every, last, every), last) if stop > first}
     kept_at = {keep_at} if keep_at is not None and keep_at >= first else set()
     with _own_draws(task), devices.arithmetic(way, task.device, task.model):
         training, course = _begun(task, arms, work, way, note)

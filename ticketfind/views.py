@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.cells import cell_len
 from rich.markup import escape
 from rich.text import Text
 
 from ticketfind import hillplot, layers, results
 from ticketfind.results import Round, Spread, Stats
 from ticketfind.terminal import RoundRows, Screen, brief, percent, printable, size, spread
+from ticketfind.terminal import table as _table
 
 if TYPE_CHECKING:
     from ticketfind.bench import Timing
@@ -446,16 +446,3 @@ def _natural(item: tuple[str, Any]) -> list[tuple[int, str]]:
 
 def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Text:
-    """A plain table: the first `left` columns to the left, the rest (numbers) to the right."""
-    cells = [columns, *([printable(cell.replace("\n", " ")) for cell in row] for row in rows)]
-    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for row in cells:
-        blanks = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
-        pairs = enumerate(zip(row, blanks, strict=True))
-        lines.append("  ".join(cell + blank if n < left else blank + cell for n, (cell, blank) in pairs).rstrip())
-    head, *body = lines
-    return Text.assemble((head, "bold"), *(f"\n{line}" for line in body))
