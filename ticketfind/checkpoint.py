@@ -83,7 +83,7 @@ def _read_sharded(path: Path) -> dict[str, Tensor]:
         ) from error
     weights: dict[str, Tensor] = {}
     for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or Path(shard).name != shard or len(shard) > 255:
             raise TicketfindError(f"checkpoint {path}: expected shards in the same folder, found {limits.shown(shard)}")
         weights |= read_tensors(path.parent / shard, "checkpoint")[0]
     return weights
@@ -97,7 +97,7 @@ def _read_torch(path: Path) -> Any:
             is_zip = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)  # as large as it says, or none
     except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
-        first = str(error).split("\n", 1)[0]
+        first = limits.one_line(str(error).split("\n", 1)[0])
         if not isinstance(error, OSError):
             with path.open("rb") as file:
                 start = file.read(16)
@@ -183,7 +183,12 @@ def _own(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     size, most = sum(value.numel() * value.element_size() for value in distinct), 4 * path.stat().st_size
     if size > most + limits.SPARE:
         raise TicketfindError(f"checkpoint {path}: expected at most {most:,} bytes of tensors in it, found {size:,}")
-    return {name: value.clone() for name, value in tensors.items()}
+    try:
+        return {name: value.clone() for name, value in tensors.items()}
+    except Exception as error:  # subclasses of tensors raise what they like
+        raise TicketfindError(
+            f"checkpoint {path}: expected plain numbers; copying failed: {one_line(error)}"
+        ) from error
 
 
 def match(

@@ -77,7 +77,7 @@ def from_arrays(spec: str, arrays: Mapping[str, Any], scale: float = 255) -> dic
     if missing:
         raise TicketfindError(
             f"data {spec}: expected x_train, y_train, x_test, y_test (and x_val, y_val together or neither);"
-            f" found no {', '.join(missing)}, but {', '.join(arrays) or 'nothing'}"
+            f" found no {', '.join(missing)}, but {limits.one_line(', '.join(arrays)) or 'nothing'}"
         )
     kinds = {key: _kind(arrays[key]) for key in ("x_train", "x_val", "x_test") if key in arrays}
     if len(set(kinds.values())) > 1:
