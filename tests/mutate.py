@@ -256,7 +256,7 @@ def pickled(data: bytes, draw: random.Random) -> bytes:
             at = draw.choice([m.start() for m in re.finditer(rb"K.", data, re.S)] or [0])
             return data[:at] + b"\x8a\x09" + struct.pack("<Q", draw.choice(NUMBERS) % 2**64) + b"\0" + data[at + 2 :]
         case 2:
-            names = (b"ctorch\nFloatTensor\n", b"cbuiltins\nbytearray\n", b"cos\nsystem\n", b"ctorch\nSize\n", b"ctorch\nTensor\n",
+            names = (b"ctorch\nFloatTensor\n", b"cbuiltins\nbytearray\n", b"cos\nsystem\n", b"ctorch\nSize\n", b"ctorch\nTensor\n",  # noqa: E501
                      b"ctorch._utils\n_rebuild_sparse_tensor\n", b"ctorch._utils\n_rebuild_qtensor\n")  # fmt: skip
             at = draw.choice([m.span() for m in re.finditer(rb"c[\w.]+\n\w+\n", data)] or [(2, 2)])
             return data[: at[0]] + draw.choice(names) + data[at[1] :]
@@ -308,7 +308,7 @@ WORDS = (
     "&a ", "*a", "<<: *a", "<<: {a: 1}", "!!python/object/apply:os.system ['true']", "!!python/name:os.system",
     "!!timestamp x", "!!int x", "!!bool x", "!!float x", "!!binary '@'", "!!set {a}", "!!omap [1]", "!!merge", "? ",
     "? [a]", "[", "{", "]", "- - - ", "'", '"\\x', "|", ">", "%YAML 9", "---\n", "...\n", "\t", "=", "0x" + "f" * 4000,
-    "1" * 5000 + "x", "1:2:3", "1" * 5000, ".nan", "-.inf", "\u2028", "\ufeff", "[" * 500, "- " * 500, "{a: " * 300, "!",
+    "1" * 5000 + "x", "1:2:3", "1" * 5000, ".nan", "-.inf", "\u2028", "\ufeff", "[" * 500, "- " * 500, "{a: " * 300, "!",  # noqa: E501
     "model:\n", "run: {replicates: 10000000000}\n", "#",
 )  # fmt: skip
 
@@ -321,10 +321,7 @@ def text(data: bytes, draw: random.Random) -> bytes:
         return yaml.safe_dump(tree(yaml.safe_load(data), draw), allow_unicode=draw.random() < 0.5).encode()
     found = data.decode()
     if draw.random() < 0.05:
-        laughs = "".join(
-            f"  l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]\n" for n in range(1, draw.choice((5, 12, 30)))
-        )
-        return (found + "\ndata:\n args:\n  l0: &l0 [x]\n" + laughs).encode()
+        return (found + "\n" + inflated_yaml(draw.choice((5, 12, 30)), "l0: &l0 [x]")).encode()
     places = [match.start() for match in re.finditer(r"\b|\n", found)]
     at = draw.choice(places)
     return (found[:at] + draw.choice(WORDS) + found[at:]).encode()
@@ -341,3 +338,9 @@ DEEP: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "npz": lambda data, draw: zipped(data, draw, npy),
     "log": lines,
 }
+
+
+def inflated_yaml(levels: int, start: str) -> str:
+    """A recipe of a few lines that is 9^levels values when it is written out."""
+    lines = [f"  l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, levels)]
+    return "\n".join(["data:", " args:", f"  {start}", *lines])

@@ -59,7 +59,7 @@ class Payload:
 
 def _torch(*, old: bool) -> list[bytes]:
     whole = {
-        "epoch": 3, "state_dict": {f"module.{name}": value for name, value in _state().items()}, "ema": {"net": _state()},
+        "epoch": 3, "state_dict": {f"module.{name}": value for name, value in _state().items()}, "ema": {"net": _state()},  # noqa: E501
         "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]},
         "half": _draw(3).bfloat16(), "view": _draw(4, 4).t()[1:],
     }  # fmt: skip

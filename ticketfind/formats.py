@@ -138,7 +138,7 @@ def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Any:
         read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, is_fortran, dtype = read_header(io.BytesIO(length + header))
         count = limits.elements(shape)
-        if dtype.hasobject:
+        if dtype.hasobject or not dtype.itemsize:
             raise ValueError(f"{member.filename}: Object arrays cannot be read, as they would be unpickled")
         if count is None or count * dtype.itemsize != member.file_size - file.tell():
             raise ValueError(f"{member.filename}: expected the array {shape} of {dtype} that its header says")
@@ -161,12 +161,12 @@ def _read_whole(file: IO[bytes], size: int, expected: str) -> bytearray:
 
     Raises TicketfindError, which says what was `expected`, for another length.
     """
-    body = bytearray(size)
+    body = bytearray()  # which grows with what is there
     for start in range(0, size, CHUNK):
         part = file.read(min(CHUNK, size - start))
         if len(part) < min(CHUNK, size - start):
             raise TicketfindError(f"{expected}, found {start + len(part)}")
-        body[start : start + len(part)] = part
+        body += part
     if more := file.read(CHUNK):
         raise TicketfindError(f"{expected}, found {size + len(more)}" + (" or more" if len(more) == CHUNK else ""))
     return body
@@ -220,7 +220,7 @@ def read_idx(path: Path) -> Tensor:
             shape, dtype = struct.unpack(f">{head[3]}I", sides), _IDX_DTYPES[head[2]]
             count = limits.elements(shape)
             expected = limits.inflated(size) + 1 if count is None else count * dtype.itemsize
-            if expected > (limits.inflated(size) if is_packed else max(size, limits.SPARE)):
+            if expected > limits.inflated(size):
                 raise ValueError(f"its header says {shape[:8]}, which so small a file should not hold")
             body = _read_whole(file, expected, f"{path}: expected {expected} bytes after the header {shape[:8]}")
     except TicketfindError:

@@ -42,7 +42,7 @@ def from_layers(*layers: Layer, where: str = "recipe") -> Recipe:
             raise RecipeError(f"{where}: expected a recipe, found {fault}")
         for section, keys in layer.items():
             if section == "name":
-                if isinstance(keys, str) and re.fullmatch(r"(?!latest$)[\w][\w.+-]*", keys):
+                if isinstance(keys, str) and re.fullmatch(r"(?!latest$)[\w][\w.+-]{0,199}", keys):
                     name = keys
                 else:
                     faults.append(

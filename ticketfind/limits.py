@@ -77,8 +77,8 @@ def fault_of(value: Any) -> str | None:
             return f"more than {MOST_VALUES:,} values"
         if depth > DEEPEST:
             return f"more than {DEEPEST} levels of values within one another"
-        if isinstance(item, int) and abs(item) >= 2**64:
-            return "a whole number of more than 64 bits"
+        if isinstance(item, int) and abs(item) >= 2**1000:
+            return "a whole number of more than 1,000 bits"
     return None
 
 
