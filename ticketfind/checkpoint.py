@@ -97,7 +97,7 @@ def _read_torch(path: Path) -> Any:
             is_zip = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)  # as large as it says, or none
     except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
-        first = limits.one_line(str(error).split("\n", 1)[0])
+        first = limits.short(str(error).split("\n", 1)[0])
         if not isinstance(error, OSError):
             with path.open("rb") as file:
                 start = file.read(16)
@@ -176,7 +176,7 @@ def _own(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         kind = "quantized" if value.is_quantized else str(value.layout).removeprefix("torch.")
         if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
             raise TicketfindError(
-                f"checkpoint {path}: {limits.one_line(name)}: expected plain numbers,"
+                f"checkpoint {path}: {limits.short(name)}: expected plain numbers,"
                 f" found a tensor that is {kind}, on {value.device.type}"
             )
     distinct = {id(value): value for value in tensors.values()}.values()

@@ -77,7 +77,7 @@ def from_arrays(spec: str, arrays: Mapping[str, Any], scale: float = 255) -> dic
     if missing:
         raise TicketfindError(
             f"data {spec}: expected x_train, y_train, x_test, y_test (and x_val, y_val together or neither);"
-            f" found no {', '.join(missing)}, but {limits.one_line(', '.join(arrays)) or 'nothing'}"
+            f" found no {', '.join(missing)}, but {limits.short(', '.join(arrays)) or 'nothing'}"
         )
     kinds = {key: _kind(arrays[key]) for key in ("x_train", "x_val", "x_test") if key in arrays}
     if len(set(kinds.values())) > 1:
@@ -139,7 +139,9 @@ def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Any:
         shape, is_fortran, dtype = read_header(io.BytesIO(length + header))
         count = limits.elements(shape)
         if dtype.hasobject or not dtype.itemsize:
-            raise ValueError(f"{member.filename}: Object arrays cannot be read, as they would be unpickled")
+            raise ValueError(
+                f"{member.filename}: Object arrays cannot be read, as they would be unpickled; found {dtype}"
+            )
         if count is None or count * dtype.itemsize != member.file_size - file.tell():
             raise ValueError(f"{member.filename}: expected the array {shape} of {dtype} that its header says")
         body = _read_whole(file, count * dtype.itemsize, f"{member.filename}: expected the array {shape} of {dtype}")

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ticketfind import TicketfindError
-from ticketfind.limits import fault_of, one_line, shown
+from ticketfind.limits import fault_of, short, shown
 from ticketfind.recipe import SECTIONS, Recipe, RecipeError
 from ticketfind.specs import suggest
 
@@ -80,7 +80,7 @@ def _read_section(section: str, raw: Layer, faults: list[str]) -> Any:
 
 
 def _named(key: Any) -> str:
-    return one_line(str(key))
+    return short(str(key))
 
 
 class _Loader(yaml.SafeLoader):

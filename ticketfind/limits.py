@@ -105,6 +105,6 @@ def shown(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def one_line(text: str) -> str:
+def short(text: str) -> str:
     """A name from a file, in a message: one line of at most 200 characters."""
     return re.sub(r"\s+", " ", text[:200])

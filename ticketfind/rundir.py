@@ -157,7 +157,7 @@ def _lines(file: Path) -> Iterator[bytes]:
     """The whole lines of a log. Raises TicketfindError where they would take much more memory than the file."""
     size, cost = file.stat().st_size, 0
     with file.open("rb") as log:
-        for line in log:
+        while line := log.readline(MOST_LINE + 1):
             cost += json_cost(line)
             if cost > 3 * size + SPARE or len(line) > MOST_LINE:
                 raise TicketfindError(f"{file}: expected lines as a search writes them, found them with too much in")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ticketfind import TicketfindError, files
-from ticketfind.limits import MOST_HEADER, MOST_TENSORS, one_line
+from ticketfind.limits import MOST_HEADER, MOST_TENSORS, short
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -47,7 +47,7 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, st
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         for name, value in tensors.items():
             if value.dtype == torch.bool and value.numel() and int(value.view(torch.uint8).max()) > 1:
-                raise ValueError(f"{one_line(name)} has other bytes than 0 and 1 where it says true or false")
+                raise ValueError(f"{short(name)} has other bytes than 0 and 1 where it says true or false")
         return tensors, dict(file.metadata() or {})
 
 
@@ -66,7 +66,7 @@ def _opened(path: Path, what: str) -> Iterator[Any]:
         raise
     except Exception as error:  # safetensors and torch raise whatever damaged bytes lead them to
         raise TicketfindError(
-            f"{what} {path}: expected a safetensors file; reading it failed: {one_line(str(error))}"
+            f"{what} {path}: expected a safetensors file; reading it failed: {short(str(error))}"
         ) from error
 
 

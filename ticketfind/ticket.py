@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ticketfind import TicketfindError, files, limits, masks
 from ticketfind.digests import digest
-from ticketfind.limits import one_line, shown
+from ticketfind.limits import short, shown
 from ticketfind.masks import Masks
 from ticketfind.tensorfile import read_tensors, save_tensors
 
@@ -216,7 +216,7 @@ def load_ticket(path: Path | str, *, finite: bool = True) -> Ticket:
     ticket = Ticket(found_masks, init, provenance, complete=not compact)
     if finite and (bad := not_finite(ticket)):
         raise TicketfindError(
-            f"{path}: init/{one_line(bad[0])}: expected finite weights, found NaN or infinity among those kept;"
+            f"{path}: init/{short(bad[0])}: expected finite weights, found NaN or infinity among those kept;"
             " the file is damaged, or its search went wrong"
         )
     return ticket
@@ -319,7 +319,7 @@ def _check_entries(path: Path, about: Mapping[str, Any]) -> None:
     ):
         if not good:
             found = shown(about[key][name], 60)
-            raise TicketfindError(f"{path}: metadata {key}: expected another value for {one_line(name)} than {found}")
+            raise TicketfindError(f"{path}: metadata {key}: expected another value for {short(name)} than {found}")
     if fault := limits.fault_of(about["recipe"]):
         raise TicketfindError(f"{path}: metadata recipe: expected a recipe, found {fault}")
 
