@@ -317,6 +317,7 @@ def run(reader: Reader, make: Callable[[int], bytes], numbers: Sequence[int], fo
 
 
 _RECORD = struct.Struct("<q?dq200s")
+READING, READ = 1, 2
 
 
 def _batch(reader: Reader, make: Callable[[int], bytes], batch: list[int], folder: Path, tally: Tally) -> list[int]:
@@ -335,11 +336,10 @@ def _batch(reader: Reader, make: Callable[[int], bytes], batch: list[int], folde
                 data = make(number)
                 path.unlink(missing_ok=True)
                 path.write_bytes(data)
+                _RECORD.pack_into(board, place * _RECORD.size, READING, False, 0.0, 0, b"")
                 found = judge(reader, path, len(data))
                 text = (found.fault or "").encode()[:200]
-                board[place * _RECORD.size : (place + 1) * _RECORD.size] = _RECORD.pack(
-                    1, found.accepted, found.seconds, found.bytes, text
-                )
+                _RECORD.pack_into(board, place * _RECORD.size, READ, found.accepted, found.seconds, found.bytes, text)
         finally:
             os._exit(0)
     done, status, last = 0, None, time.monotonic()
@@ -347,8 +347,10 @@ def _batch(reader: Reader, make: Callable[[int], bytes], batch: list[int], folde
         time.sleep(0.01)
         ended, code = os.waitpid(pid, os.WNOHANG)
         status = code if ended else None
-        while done < len(batch) and _RECORD.unpack_from(board, done * _RECORD.size)[0]:
+        while done < len(batch) and _RECORD.unpack_from(board, done * _RECORD.size)[0] == READ:
             done, last = done + 1, time.monotonic()
+        if done < len(batch) and _RECORD.unpack_from(board, done * _RECORD.size)[0] != READING:
+            last = time.monotonic()  # its input is being made
         if status is None and time.monotonic() - last > 4 * SECONDS:
             os.kill(pid, signal.SIGKILL)
     for place in range(done):

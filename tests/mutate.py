@@ -285,7 +285,7 @@ def gzipped(data: bytes, draw: random.Random) -> bytes:
     """What is inside changed, and packed again."""
     made = idx(gzip.decompress(data), draw)
     if draw.random() < 0.05:
-        made += bytes(draw.choice((10**6, 10**8)))
+        made = made[: 10**6] + bytes(draw.choice((10**6, 7 * 10**7)))
     packed = gzip.compress(made, mtime=0, compresslevel=1)
     return packed * draw.choice((1, 1, 1, 2)) if draw.random() < 0.9 else packed[:10] + zlib.compress(made)
 
@@ -315,7 +315,7 @@ WORDS = (
 
 def text(data: bytes, draw: random.Random) -> bytes:
     """A recipe's values changed, or words of YAML put between its own."""
-    if b"&l" in data:  # laughs, which are not to be written out here
+    if b"&l" in data or len(data) > 20_000:  # laughs, which are not to be written out here, or long to read
         return anywhere(data, draw)
     if draw.random() < 0.6:
         return yaml.safe_dump(tree(yaml.safe_load(data), draw), allow_unicode=draw.random() < 0.5).encode()
