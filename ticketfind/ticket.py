@@ -3,7 +3,7 @@
 import filecmp
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -227,14 +227,28 @@ def not_finite(ticket: Ticket) -> list[str]:
 
     What has no mask may be infinite: attention masks, which are buffers, are.
     """
-    bad = [n for n, mask in ticket.masks.items() if not bool((_wide(ticket.init[n]).isfinite() | ~mask).all())]
+    masked = (name for name, mask in ticket.masks.items() if not _is_finite(ticket.init[name], mask))
     rest = (name for name in ticket.init if name not in ticket.masks)
-    return bad + [name for name in rest if bool(_wide(ticket.init[name]).isnan().any())]
+    return [*masked, *(name for name in rest if _has_nan(ticket.init[name]))]
 
 
-def _wide(value: Tensor) -> Tensor:
-    """Numbers of 8 bits and fewer as larger ones: PyTorch can tell little about them."""
-    return value.float() if value.is_floating_point() and value.element_size() < 2 else value
+def _is_finite(value: Tensor, mask: Tensor) -> bool:
+    """Whether it is where the mask keeps it."""
+    return all(bool((part.isfinite() | ~kept).all()) for part, kept in zip(_parts(value), _parts(mask), strict=True))
+
+
+def _has_nan(value: Tensor) -> bool:
+    return any(bool(part.isnan().any()) for part in _parts(value))
+
+
+def _parts(value: Tensor) -> Iterator[Tensor]:
+    """A tensor's numbers, a quarter of a million at a time: what is on disk is to stay there.
+
+    Those of 8 bits and fewer as larger ones, as PyTorch can tell little about them.
+    """
+    parts: tuple[Tensor, ...] = value.reshape(-1).split(2**18)  # type: ignore[no-untyped-call]
+    for part in parts:
+        yield part.float() if part.is_floating_point() and part.element_size() < 2 else part
 
 
 def read_start(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
