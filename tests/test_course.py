@@ -505,7 +505,7 @@ def test_a_snapshot_is_a_copy_and_holds_everything(under_way: Callable[[int], Lo
         take_up(found, other, CPU)
         assert all(torch.equal(a, b) for a, b in zip(other.everything(), expected, strict=True))
         assert drawn() == next_numbers
-    again = course_of(found)
+    again = course_of(found, 1, 0, 12)
     assert dataclasses.replace(again, kept=[]) == dataclasses.replace(course, kept=[])
     assert [state.keys() for state in again.kept] == [state.keys() for state in course.kept]
     assert all(torch.equal(value, course.kept[0][name]) for name, value in again.kept[0].items())

@@ -683,3 +683,13 @@ def test_ignored_targets_count_in_neither_loss_nor_metric(tmp_path, layout):
 def test_nothing_that_counts(tmp_path):
     with pytest.raises(TicketfindError, match="test: expected labels, found nothing but -100, which does not count"):
         load(npz(tmp_path, **arrays(y_test=np.full(10, -100))))
+
+
+def test_the_embedded_digits_are_not_shadowed_by_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `search --out digits` makes one."""
+    (tmp_path / "digits/masks").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert data.resolved_args("digits", {}, {"size": 8}) == {} and not data.takes_args("digits")
+    assert len(data.load("digits", {}, validation=200, seed=0).test) == 400

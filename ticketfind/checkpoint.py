@@ -1,10 +1,10 @@
 """Checkpoint files -> weights under the model's own names. No code in a file is ever run."""
 
 import itertools
-import json
 import re
 import tarfile
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ticketfind import TicketfindError
+from ticketfind import TicketfindError, limits, pickles
 from ticketfind.prunable import check_globs, matches
-from ticketfind.specs import suggest
+from ticketfind.specs import one_line, suggest
 from ticketfind.tensorfile import read_tensors
 
 _CONTAINERS = (
@@ -65,6 +65,8 @@ def read(path: Path, key: str | None = None) -> dict[str, Tensor]:
     whole = weights
     weights = _unwrap(whole) if key is None else _entry(whole, key, path)
     tensors = {str(name): value.detach() for name, value in weights.items() if isinstance(value, Tensor)}
+    if path.suffix in _TORCH_SUFFIXES:
+        tensors = _own(tensors, path)
     if not tensors:
         found, holders = _listed([*map(str, weights)]) or "nothing", _holders(whole)
         advice = f"; --checkpoint-key takes {_listed(holders)}" if holders else ""
@@ -74,15 +76,15 @@ def read(path: Path, key: str | None = None) -> dict[str, Tensor]:
 
 def _read_sharded(path: Path) -> dict[str, Tensor]:
     try:
-        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(limits.read_json(path.read_bytes())["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise TicketfindError(
-            f"checkpoint {path}: expected an index with a weight_map; reading it failed: {error}"
+            f"checkpoint {path}: expected an index with a weight_map; reading it failed: {one_line(error)}"
         ) from error
     weights: dict[str, Tensor] = {}
     for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise TicketfindError(f"checkpoint {path}: expected shards in the same folder, found {shard!r}")
+        if not isinstance(shard, str) or Path(shard).name != shard or len(shard) > 255:
+            raise TicketfindError(f"checkpoint {path}: expected shards in the same folder, found {limits.shown(shard)}")
         weights |= read_tensors(path.parent / shard, "checkpoint")[0]
     return weights
 
@@ -91,9 +93,11 @@ def _read_torch(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickles; what is refused is told below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            pickles.check(path)
+            is_zip = zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)  # as large as it says, or none
     except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
-        first = str(error).split("\n", 1)[0]
+        first = limits.short(str(error).split("\n", 1)[0])
         if not isinstance(error, OSError):
             with path.open("rb") as file:
                 start = file.read(16)
@@ -131,25 +135,60 @@ def _entry(found: Any, key: str, path: Path) -> Mapping[str, Any]:
     return under
 
 
-def _holders(found: Any, prefix: str = "") -> list[str]:
+_DEEPEST = 20
+"""Mappings within one another that are looked into."""
+
+
+def _holders(found: Any, prefix: str = "", depth: int = 0, seen: set[int] | None = None) -> list[str]:
     """The keys of the entries that hold tensors, inner ones after a dot; of a flat file what its names begin with."""
-    if not isinstance(found, Mapping):
+    seen = set() if seen is None else seen
+    if not _is_new(found, depth, seen):
         return []
     tensors = [str(name) for name, value in found.items() if isinstance(value, Tensor)]
     here = [prefix for _ in tensors[:1]] if prefix else [name.partition(".")[0] for name in tensors if "." in name]
-    inner = (_holders(value, f"{prefix}.{name}".lstrip(".")) for name, value in found.items())
+    inner = (_holders(value, f"{prefix}.{name}".lstrip("."), depth + 1, seen) for name, value in found.items())
     return list(dict.fromkeys([*here, *itertools.chain.from_iterable(inner)]))
 
 
-def _unwrap(found: Any) -> Mapping[str, Any]:
+def _unwrap(found: Any, depth: int = 0, seen: set[int] | None = None) -> Mapping[str, Any]:
     """The state dict inside the containers that training programs put around it."""
-    if not isinstance(found, Mapping):
+    seen = set() if seen is None else seen
+    if not _is_new(found, depth, seen):
         return {}
     for key in _CONTAINERS:
-        inner = _unwrap(found.get(key))
+        inner = _unwrap(found.get(key), depth + 1, seen)
         if any(isinstance(value, Tensor) for value in inner.values()):
             return inner
-    return found
+    return found  # type: ignore[no-any-return]
+
+
+def _is_new(found: Any, depth: int, seen: set[int]) -> bool:
+    """True once for each mapping: in a pickle one may be in several places, itself among them."""
+    if not isinstance(found, Mapping) or depth > _DEEPEST or id(found) in seen:
+        return False
+    seen.add(id(found))
+    return True
+
+
+def _own(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors, plain and in memory of their own. Raises TicketfindError for others, or more than the file holds."""
+    for name, value in tensors.items():
+        kind = "quantized" if value.is_quantized else str(value.layout).removeprefix("torch.")
+        if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
+            raise TicketfindError(
+                f"checkpoint {path}: {limits.short(name)}: expected plain numbers,"
+                f" found a tensor that is {kind}, on {value.device.type}"
+            )
+    distinct = {id(value): value for value in tensors.values()}.values()
+    size, most = sum(value.numel() * value.element_size() for value in distinct), 4 * path.stat().st_size
+    if size > most + limits.SPARE:
+        raise TicketfindError(f"checkpoint {path}: expected at most {most:,} bytes of tensors in it, found {size:,}")
+    try:
+        return {name: value.clone() for name, value in tensors.items()}
+    except Exception as error:  # subclasses of tensors raise what they like
+        raise TicketfindError(
+            f"checkpoint {path}: expected plain numbers; copying failed: {one_line(error)}"
+        ) from error
 
 
 def match(

@@ -1,6 +1,5 @@
 """What a run holds: its finished rounds, and the tickets of any of them."""
 
-import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from ticketfind import TicketfindError, __version__, results
 from ticketfind.recipe import Recipe
 from ticketfind.rundir import RunDir
 from ticketfind.tensorfile import read_tensors
-from ticketfind.ticket import Provenance, Ticket
+from ticketfind.ticket import Provenance, Ticket, read_start
 
 
 def finished_rounds(run: RunDir, recipe: Recipe | None = None) -> list[results.Round]:
@@ -31,16 +30,14 @@ def load(run: RunDir, round: int, replicate: int) -> Ticket:
     if replicate not in there:
         raise TicketfindError(f"{run.path}: replicate: expected one of {', '.join(map(str, there))}, found {replicate}")
     mask, _ = read_tensors(run.mask_file(round, replicate), "mask")
-    start, metadata = read_tensors(
-        run.start_file(replicate, round if recipe.prune.rewind == "lr" else None), "rewind point"
-    )
+    start, facts = read_start(run.start_file(replicate, round if recipe.prune.rewind == "lr" else None))
     about = Provenance(
         recipe=recipe.plain(),
         round=round,
         replicate=replicate,
         claims={name: rounds[n].stats.json() for name, n in (("dense", 0), ("ticket", round)) if n < len(rounds)},
         versions={"ticketfind": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        **json.loads(metadata["ticketfind"]),
+        **facts,
     )
     return Ticket(mask, start, about)
 

@@ -132,23 +132,37 @@ def snapshot(course: Course, training: Lockstep, device: torch.device) -> Snapsh
     return Snapshot(tensors, facts)
 
 
-def course_of(found: Snapshot) -> Course:
-    """The course in a snapshot. Raises KeyError, TypeError or ValueError for what is none."""
+def course_of(found: Snapshot, arms: int, first: int, total: int) -> Course:
+    """The course in a snapshot of `arms` that are trained from iteration `first` to `total`.
+
+    Raises KeyError, TypeError, ValueError or OverflowError for what is none.
+    """
     facts = found.facts
     course = Course(
         at=int(facts["at"]),
         began=[str(digest) for digest in facts["began"]],
-        points=[[Point(**point) for point in points] for points in facts["points"]],
+        points=[[_point(point) for point in points] for points in facts["points"]],
         losses=found.tensors["losses"].tolist(),
-        failed=[None if failed is None else Failed(**failed) for failed in facts["failed"]],
+        failed=[None if f is None else Failed(int(f["iteration"]), str(f["reason"])) for f in facts["failed"]],
     )
+    lists = (course.began, course.points, course.losses, course.failed)
+    if any(len(each) != arms for each in lists) or found.tensors["losses"].ndim != 2 or not first <= course.at <= total:
+        raise ValueError("it is of other trainings")
     kept: dict[int, dict[str, Tensor]] = {}
     for name, tensor in found.tensors.items():
         if name.startswith("kept/"):
             _, arm, key = name.split("/", 2)
             kept.setdefault(int(arm), {})[key] = tensor
     course.kept = [kept[arm] for arm in range(len(kept))]
+    if len(kept) not in (0, arms):
+        raise ValueError("it has kept weights of other trainings")
     return course
+
+
+def _point(said: Mapping[str, Any]) -> Point:
+    train_loss = None if said["train_loss"] is None else float(said["train_loss"])
+    measured = (float(said[key]) for key in ("validation_loss", "validation_accuracy", "test_accuracy"))
+    return Point(int(said["iteration"]), train_loss, *measured)
 
 
 @torch.no_grad()

@@ -18,6 +18,9 @@ from ticketfind.specs import is_code, load_object, one_line, suggest
 from ticketfind.streams import Flow, Stream
 from ticketfind.tensorfile import read_tensors
 
+DIGITS = "digits"
+"""The spec of the embedded handwritten digits."""
+
 
 def load(
     spec: str,
@@ -79,12 +82,12 @@ def load(
 def takes_args(spec: str) -> bool:
     """True if `spec` names data that data.args can say something about: a factory's, or images."""
     path = Path(spec).expanduser()
-    return spec.startswith("timm:") or _is_image_folder(path) or (is_code(spec) and not path.exists())
+    return spec.startswith("timm:") or _is_image_folder(spec) or (is_code(spec) and not path.exists())
 
 
 def resolved_args(spec: str, args: Mapping[str, Any], image_settings: Mapping[str, Any]) -> dict[str, Any]:
     """`args`, completed by how images are prepared for the model where `spec` names images."""
-    if not (spec.startswith("timm:") or _is_image_folder(Path(spec).expanduser())):
+    if not (spec.startswith("timm:") or _is_image_folder(spec)):
         return dict(args)
     if args.get("channels", image_settings.get("channels")) != image_settings.get("channels"):
         image_settings = {key: value for key, value in image_settings.items() if key not in ("mean", "std")}
@@ -135,11 +138,11 @@ def _read(spec: str, args: Mapping[str, Any]) -> dict[str, Split | Source]:
         return _sources(spec, images.timm_datasets(spec.removeprefix("timm:"), args))
     if is_code(spec) and not path.exists():
         return _from_factory(spec, args)
-    if _is_image_folder(path):
+    if _is_image_folder(spec):
         return _sources(spec, images.folder(path, args))
     if args:
         raise TicketfindError(f"data.args: expected none for {spec!r}, found {', '.join(args)}")
-    if spec == "digits":
+    if spec == DIGITS:
         return {**formats.from_arrays(spec, formats.read_npz(Path(__file__).parent / "digits.npz"), scale=16)}
     if path.is_dir():
         return {**formats.from_idx_folder(path)}
@@ -153,7 +156,10 @@ def _read(spec: str, args: Mapping[str, Any]) -> dict[str, Split | Source]:
     )
 
 
-def _is_image_folder(path: Path) -> bool:
+def _is_image_folder(spec: str) -> bool:
+    path = Path(spec).expanduser()
+    if spec == DIGITS:  # the embedded data, whatever is called so here; ./digits is a folder
+        return False
     return path.is_dir() and any(child.is_dir() and not child.name.startswith(".") for child in path.iterdir())
 
 

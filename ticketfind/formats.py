@@ -5,17 +5,18 @@ classes, else whatever the loss takes.
 """
 
 import gzip
-import math
+import io
 import struct
-import zlib
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from ticketfind import TicketfindError
+from ticketfind import TicketfindError, limits
+from ticketfind.archives import CHUNK, open_zip
 from ticketfind.batches import Split
 from ticketfind.specs import one_line
 
@@ -30,7 +31,7 @@ def to_inputs(raw: Any, what: str, scale: float = 255) -> Tensor:
             found = found.unsqueeze(1)
         elif found.ndim == 4 and found.shape[3] in (1, 3, 4) and found.shape[1] not in (1, 3, 4):
             found = found.permute(0, 3, 1, 2)
-        return (found.float() / scale).contiguous()
+        return found.contiguous().float().div_(scale)  # bytes are moved, and four times as many only once
     if found.is_floating_point() or found.dtype == torch.bool:
         return found.float().contiguous()
     return found.long().contiguous()
@@ -76,7 +77,7 @@ def from_arrays(spec: str, arrays: Mapping[str, Any], scale: float = 255) -> dic
     if missing:
         raise TicketfindError(
             f"data {spec}: expected x_train, y_train, x_test, y_test (and x_val, y_val together or neither);"
-            f" found no {', '.join(missing)}, but {', '.join(arrays) or 'nothing'}"
+            f" found no {', '.join(missing)}, but {limits.short(', '.join(arrays)) or 'nothing'}"
         )
     kinds = {key: _kind(arrays[key]) for key in ("x_train", "x_val", "x_test") if key in arrays}
     if len(set(kinds.values())) > 1:
@@ -99,20 +100,78 @@ def _kind(raw: Any) -> str:
 
 
 def read_npz(path: Path) -> dict[str, Any]:
-    """The arrays in a .npz file; nothing in it is unpickled. Raises TicketfindError where it is damaged."""
-    import zipfile
+    """The arrays in a .npz file; nothing in it is unpickled.
 
-    import numpy
-
+    Raises TicketfindError where it is damaged, or holds more than `limits.inflated` allows.
+    """
     if not zipfile.is_zipfile(path):
         raise TicketfindError(
             f"{path}: expected a .npz file, found no zip archive (empty, truncated or another format)"
         )
     try:
-        with numpy.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise TicketfindError(f"{path}: expected a .npz file of plain arrays; reading it failed: {error}") from error
+        with open_zip(path) as archive:
+            members = archive.infolist()
+            if len(members) > 1000:
+                raise ValueError(f"it has {len(members):,} members")
+            said, most = sum(member.file_size for member in members), limits.inflated(path.stat().st_size)
+            if said > most:
+                raise ValueError(f"it says that it holds {said:,} bytes, of which {most:,} would be read")
+            return {member.filename.removesuffix(".npy"): _read_npy(archive, member) for member in members}
+    except Exception as error:  # zipfile and numpy raise whatever damaged bytes lead them to
+        raise TicketfindError(
+            f"{path}: expected a .npz file of plain arrays; reading it failed: {one_line(error)}"
+        ) from error
+
+
+def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Any:
+    """The array in a member. Raises ValueError unless it is as large as its header says, and plain numbers."""
+    from numpy.lib import format as npy
+
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{member.filename} is compressed as numpy does not do")
+    with archive.open(member) as file:
+        version = npy.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{member.filename}: expected version 1.0 or 2.0, found {version}")
+        length = file.read(2 if version == (1, 0) else 4)
+        header = file.read(min(int.from_bytes(length, "little"), 10_000))
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, is_fortran, dtype = read_header(io.BytesIO(length + header))
+        count = limits.elements(shape)
+        if dtype.hasobject or not dtype.itemsize:
+            raise ValueError(
+                f"{member.filename}: Object arrays cannot be read, as they would be unpickled; found {dtype}"
+            )
+        if count is None or count * dtype.itemsize != member.file_size - file.tell():
+            raise ValueError(f"{member.filename}: expected the array {shape} of {dtype} that its header says")
+        body = _read_whole(file, count * dtype.itemsize, f"{member.filename}: expected the array {shape} of {dtype}")
+    return _as_array(body, dtype, shape, is_fortran)
+
+
+def _opened(path: Path, is_packed: bool) -> Any:
+    return gzip.open(path) if is_packed else path.open("rb")
+
+
+def _as_array(body: bytearray, dtype: Any, shape: tuple[int, ...], is_fortran: bool) -> Any:
+    import numpy
+
+    return numpy.ndarray(shape, dtype, body, order="F" if is_fortran else "C")
+
+
+def _read_whole(file: IO[bytes], size: int, expected: str) -> bytearray:
+    """Exactly the next `size` bytes, after which the file ends; archives check their sums there.
+
+    Raises TicketfindError, which says what was `expected`, for another length.
+    """
+    body = bytearray()  # which grows with what is there
+    for start in range(0, size, CHUNK):
+        part = file.read(min(CHUNK, size - start))
+        if len(part) < min(CHUNK, size - start):
+            raise TicketfindError(f"{expected}, found {start + len(part)}")
+        body += part
+    if more := file.read(CHUNK):
+        raise TicketfindError(f"{expected}, found {size + len(more)}" + (" or more" if len(more) == CHUNK else ""))
+    return body
 
 
 # ------------------------------------------------------------------------------- IDX (the MNIST format)
@@ -149,21 +208,28 @@ def from_idx_folder(folder: Path) -> dict[str, Split]:
 def read_idx(path: Path) -> Tensor:
     """The array in an IDX file (http://yann.lecun.com/exdb/mnist), plain or gzipped.
 
-    Raises TicketfindError where the file is not IDX, or longer or shorter than its header says.
+    Raises TicketfindError where the file is not IDX, longer or shorter than its header says, or, gzipped, holds more
+    than `limits.inflated` allows.
     """
+    size, is_packed = path.stat().st_size, path.suffix == ".gz"
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise TicketfindError(f"{path}: expected an IDX file; reading it failed: {error}") from error
-    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _IDX_DTYPES or len(raw) < 4 + 4 * raw[3]:
-        raise TicketfindError(f"{path}: expected an IDX file, found bytes {raw[:4].hex(' ') or '(none)'} at its start")
-    shape = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
-    dtype = _IDX_DTYPES[raw[2]]
-    body = bytearray(raw[4 + 4 * raw[3] :])
-    expected = math.prod(shape) * dtype.itemsize
-    if len(body) != expected:
-        raise TicketfindError(f"{path}: expected {expected} bytes after the header {shape}, found {len(body)}")
-    if not expected:
+        with _opened(path, is_packed) as file:
+            head = file.read(4)
+            sides = file.read(4 * head[3]) if len(head) == 4 else b""
+            if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _IDX_DTYPES or len(sides) < 4 * head[3]:
+                found = head.hex(" ") or "(none)"
+                raise TicketfindError(f"{path}: expected an IDX file, found bytes {found} at its start")
+            shape, dtype = struct.unpack(f">{head[3]}I", sides), _IDX_DTYPES[head[2]]
+            count = limits.elements(shape)
+            expected = limits.inflated(size) + 1 if count is None else count * dtype.itemsize
+            if expected > limits.inflated(size):
+                raise ValueError(f"its header says {shape[:8]}, which so small a file should not hold")
+            body = _read_whole(file, expected, f"{path}: expected {expected} bytes after the header {shape[:8]}")
+    except TicketfindError:
+        raise
+    except Exception as error:  # gzip raises whatever damaged bytes lead it to
+        raise TicketfindError(f"{path}: expected an IDX file; reading it failed: {one_line(error)}") from error
+    if not count:
         return torch.zeros(shape, dtype=dtype)
     flat = torch.frombuffer(body, dtype=torch.uint8).view(-1, dtype.itemsize)
     if dtype.itemsize > 1:

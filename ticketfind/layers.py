@@ -12,11 +12,19 @@ from typing import Any
 import yaml
 
 from ticketfind import TicketfindError
+from ticketfind.limits import fault_of, short, shown
 from ticketfind.recipe import SECTIONS, Recipe, RecipeError
 from ticketfind.specs import suggest
 
+MOST_BYTES = 2**17
+"""Of a recipe: reading one takes seconds for a megabyte."""
+
 Layer = Mapping[str, Any]
 """A recipe or a part of one as read from YAML: section -> key -> value."""
+
+
+_MOST_FAULTS = 50
+"""That are told at once."""
 
 
 def from_layers(*layers: Layer, where: str = "recipe") -> Recipe:
@@ -30,23 +38,29 @@ def from_layers(*layers: Layer, where: str = "recipe") -> Recipe:
     for layer in layers:
         if not isinstance(layer, Mapping):
             raise RecipeError(f"{where}: expected a mapping of sections ({', '.join(SECTIONS)})")
+        if fault := fault_of(layer):
+            raise RecipeError(f"{where}: expected a recipe, found {fault}")
         for section, keys in layer.items():
             if section == "name":
-                if isinstance(keys, str) and re.fullmatch(r"(?!latest$)[\w][\w.+-]*", keys):
+                if isinstance(keys, str) and re.fullmatch(r"(?!latest$)[\w][\w.+-]{0,199}", keys):
                     name = keys
                 else:
-                    faults.append(f"name: expected letters, digits and . _ + - (it names a folder), found {keys!r}")
+                    faults.append(
+                        f"name: expected letters, digits and . _ + - (it names a folder), found {shown(keys)}"
+                    )
             elif section not in SECTIONS:
-                faults.append(f"{section}: unknown key{suggest(str(section), ['name', *SECTIONS])}")
+                faults.append(f"{_named(section)}: unknown key{suggest(_named(section), ['name', *SECTIONS])}")
             elif not isinstance(keys, Mapping):
-                faults.append(f"{section}: expected a mapping, found {keys!r}")
+                faults.append(f"{section}: expected a mapping, found {shown(keys)}")
             else:
                 merged[section].update(keys)
     if merged["train"].get("trainer") or merged["train"].get("command"):
         merged["data"].setdefault("spec", None)  # they read their own data
     parts = {section: _read_section(section, merged[section], faults) for section in SECTIONS}
     if faults:
-        raise RecipeError("\n".join(fault if where == "recipe" else f"{where}: {fault}" for fault in faults))
+        more = [f"and {len(faults) - _MOST_FAULTS} more"] if len(faults) > _MOST_FAULTS else []
+        told = [*faults[:_MOST_FAULTS], *more]
+        raise RecipeError("\n".join(fault if where == "recipe" else f"{where}: {fault}" for fault in told))
     return Recipe(name=name, **parts)
 
 
@@ -56,34 +70,37 @@ def _read_section(section: str, raw: Layer, faults: list[str]) -> Any:
     values = {}
     for name, value in raw.items():
         if name not in keys:
-            faults.append(f"{section}.{name}: unknown key{suggest(str(name), keys)}")
+            faults.append(f"{section}.{_named(name)}: unknown key{suggest(_named(name), keys)}")
             continue
         try:
             values[name] = keys[name].metadata["read"](value)
         except ValueError as error:
-            faults.append(f"{section}.{name}: expected {error}, found {_shown(value)}")
+            faults.append(f"{section}.{name}: expected {error}, found {shown(value)}")
     return cls(**values)
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _named(key: Any) -> str:
+    return short(str(key))
 
 
 class _Loader(yaml.SafeLoader):
     """YAML with numbers as people write them: 1e-3 is a number here (YAML 1.1 wants 1.0e-3).
 
-    Dates stay texts: a recipe is also kept as JSON, which has none.
+    Dates stay texts: a recipe is also kept as JSON, which has none. An alias stands for the very value that it names,
+    but a merge key (<<) would copy it, and many of them 2^n times over: it is not read.
     """
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge keys are keys like others here."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")]
+    first: [pair for pair in pairs if pair[0].rpartition(":")[2] not in ("float", "timestamp", "merge")]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    re.compile(r"^[-+]?(?:(?:\d[\d_]*(?:\.[\d_]*)?|\.\d[\d_]*)(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
     list("-+0123456789."),
 )
 
@@ -106,11 +123,15 @@ def parse_value(text: str) -> Any:
 def read_layer(path: Path) -> Layer:
     """The nested dict in a recipe file. Raises TicketfindError where it is missing or no YAML mapping."""
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise RecipeError(f"{path}: expected a recipe of at most {MOST_BYTES:,} bytes")
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise TicketfindError(f"{path}: cannot read the recipe: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: expected a YAML recipe: {' '.join(str(error).split())}") from error
+    except TicketfindError:
+        raise
+    except Exception as error:  # YAML raises whatever the text leads it to
+        raise RecipeError(f"{path}: expected a YAML recipe: {' '.join(str(error).split())[:500]}") from error
     if raw is None:
         return {}
     if not isinstance(raw, Mapping):
@@ -182,7 +203,7 @@ def differences(ours: Recipe, theirs: Recipe, but: Sequence[str] = ()) -> Iterat
         for key in a[section]:
             reordered = key == "fraction" and list(a[section][key]) != list(b[section][key])  # the last match counts
             if (a[section][key] != b[section][key] or reordered) and f"{section}.{key}" not in but:
-                yield f"{section}.{key}: {_shown(b[section][key])} there, {_shown(a[section][key])} here"
+                yield f"{section}.{key}: {shown(b[section][key])} there, {shown(a[section][key])} here"
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -151,7 +151,7 @@ def rounds_of(log: Sequence[Line], *, replicates: int, given_tolerance: float | 
         by_round.setdefault(line["round"], {})[line["replicate"]] = line
     rounds: list[Round] = []
     dense: Stats | None = None
-    allowed, left = 0.0, set(range(replicates))
+    allowed, left = 0.0, set(range(min(replicates, max(map(len, by_round.values()), default=0) + 1)))
     for number in range(len(by_round)):
         lines = by_round.get(number, {})
         failed = {r: str(lines[r]["failed"]) for r in sorted(left & lines.keys()) if "failed" in lines[r]}
@@ -188,14 +188,15 @@ def _measured(line: Line) -> Measured:
         raise TicketfindError(f"{where}: expected {', '.join(lacking)}, found no such key")
     for key, or_null in _NUMBERS.items():
         value = line[key]
-        if not is_finite(value) and not (or_null and value is None):
+        good = is_finite(value) and (key != "test_size" or value >= 1)
+        if not good and not (or_null and value is None):
             raise TicketfindError(f"{where}: {key}: expected a number, found {str(value)[:40]!r}")
     return Measured(**{key: line[key] for key in Measured.__dataclass_fields__})
 
 
 def is_finite(value: object) -> TypeGuard[float]:
     """Whether a value that was read from a file is a number, and one to reckon with."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
 
 
 def _loss(measured: Measured) -> float:

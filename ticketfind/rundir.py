@@ -16,6 +16,7 @@ from typing import Any
 
 from ticketfind import TicketfindError, files
 from ticketfind.layers import differences, from_layers, read_layer, to_yaml
+from ticketfind.limits import SPARE, json_cost, read_json
 from ticketfind.recipe import CONVENIENCES, Recipe
 
 try:
@@ -23,6 +24,8 @@ try:
 except ImportError:  # Windows: nobody is kept out
     fcntl = None  # type: ignore[assignment]
 
+MOST_LINE = 2**24
+"""Bytes of a line of the log: 100,000 evaluations."""
 _FOLDERS = ("init", "masks", "trained", "state")
 """What a search writes to, in a run directory."""
 
@@ -129,24 +132,20 @@ class RunDir:
     def log(self) -> list[dict[str, Any]]:
         """The finished (round, replicate) trainings; a torn last line counts as not written."""
         file = self.log_file
-        if not file.exists():
+        if not file.is_file():
             return []
-        whole, _, _ = file.read_text(encoding="utf-8", errors="replace").rpartition("\n")
         entries = []
-        for number, line in enumerate(whole.splitlines(), 1):
+        for number, line in enumerate(_lines(file), 1):
             try:
-                entry = json.loads(line)
+                entry = read_json(line)
             except ValueError:
                 entry = None
-            if (
-                isinstance(entry, dict)
-                and isinstance(entry.get("round"), int)
-                and isinstance(entry.get("replicate"), int)
-            ):
+            if isinstance(entry, dict) and type(entry.get("round")) is int and type(entry.get("replicate")) is int:
                 entries.append(entry)
             else:
+                found = line[:60].decode(errors="replace").strip()
                 raise TicketfindError(
-                    f"{file}, line {number}: expected a JSON object of a finished training, found {line[:60]!r}"
+                    f"{file}, line {number}: expected a JSON object of a finished training, found {found!r}"
                 )
         return entries
 
@@ -176,6 +175,18 @@ class RunDir:
         if not self.recipe_file.is_file():
             raise TicketfindError(f"{self.path}: expected a run directory, found no recipe.yaml in it")
         return from_layers(read_layer(self.recipe_file), where=str(self.recipe_file))
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    """The whole lines of a log. Raises TicketfindError where they would take much more memory than the file."""
+    size, cost = file.stat().st_size, 0
+    with file.open("rb") as log:
+        while line := log.readline(MOST_LINE + 1):
+            cost += json_cost(line)
+            if cost > 3 * size + SPARE or len(line) > MOST_LINE:
+                raise TicketfindError(f"{file}: expected lines as a search writes them, found them with too much in")
+            if line.endswith(b"\n"):
+                yield line
 
 
 def _drop_torn_line(file: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from ticketfind import TicketfindError
+from ticketfind import TicketfindError, limits
 from ticketfind.course import Snapshot
 from ticketfind.tensorfile import read_metadata, read_tensors, save_tensors
 from ticketfind.train import Arm
@@ -40,7 +40,8 @@ class Snapshots:
             return None
         tensors, metadata = read_tensors(file, "snapshot")
         about = _about(metadata)
-        return Snapshot(tensors, about["facts"]) if about.get("replicates") == [arm.replicate for arm in arms] else None
+        is_theirs = about.get("replicates") == [arm.replicate for arm in arms]
+        return Snapshot(tensors, about.get("facts", {})) if is_theirs else None
 
     def offer(self, arms: Sequence[Arm], take: Callable[[], Snapshot], *, now: bool = False) -> None:
         """Keep what `take` gives if it is time; with `now` in any case, and on disk when this returns.
@@ -88,7 +89,7 @@ class Snapshots:
         for replicate in replicates:
             with suppress(TicketfindError):
                 found = _about(read_metadata(self._name(round, replicate), "snapshot")).get("done")
-                done += found if isinstance(found, int) else 0
+                done += found if isinstance(found, int) and 0 <= found < 2**63 else 0
         return done
 
     def clear(self, round: int) -> None:
@@ -111,7 +112,7 @@ def _done(arms: Sequence[Arm], taken: Snapshot) -> int:
 
 def _about(metadata: dict[str, str]) -> dict[str, Any]:
     try:
-        found = json.loads(metadata.get(_KEY, ""))
+        found = limits.read_json(metadata.get(_KEY, "").encode(), finite=False)  # a training that has failed has NaN
     except ValueError:
         found = None
     return found if isinstance(found, dict) else {}

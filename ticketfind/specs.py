@@ -60,8 +60,9 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's type and text on one line, for a message."""
+    """An exception's type and text on one line, for a message; cut where it is very long."""
     text = " ".join(str(error).split())
+    text = text if len(text) <= 500 else text[:497] + "..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ticketfind import TicketfindError, files
+from ticketfind.limits import MOST_HEADER, MOST_TENSORS, short
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -43,15 +44,35 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, st
     Raises TicketfindError where it is missing or damaged.
     """
     with _opened(path, what) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for name, value in tensors.items():
+            if value.dtype == torch.bool and value.numel() and int(value.view(torch.uint8).max()) > 1:
+                raise ValueError(f"{short(name)} has other bytes than 0 and 1 where it says true or false")
+        return tensors, dict(file.metadata() or {})
 
 
 @contextmanager
 def _opened(path: Path, what: str) -> Iterator[Any]:
-    if not path.is_file():
-        raise TicketfindError(f"{what} {path}: no such file")
     try:
+        if not path.is_file():
+            raise TicketfindError(f"{what} {path}: no such file")
+        _check_header(path)
         with safe_open(path, framework="pt", device="cpu") as file:
+            count = len(file.keys())
+            if count > MOST_TENSORS:
+                raise ValueError(f"it holds {count:,} tensors, of which {MOST_TENSORS:,} would be read")
             yield file
-    except (OSError, SafetensorError, ValueError) as error:
-        raise TicketfindError(f"{what} {path}: expected a safetensors file; reading it failed: {error}") from error
+    except TicketfindError:
+        raise
+    except Exception as error:  # safetensors and torch raise whatever damaged bytes lead them to
+        raise TicketfindError(
+            f"{what} {path}: expected a safetensors file; reading it failed: {short(str(error))}"
+        ) from error
+
+
+def _check_header(path: Path) -> None:
+    """Raise ValueError for a header that would take much memory to read. safetensors checks the rest."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length <= path.stat().st_size - 8 and length > MOST_HEADER:
+            raise ValueError(f"its header has {length:,} bytes, of which {MOST_HEADER:,} would be read")

@@ -34,6 +34,10 @@ class Screen:
         """Something for people."""
         if self.quiet or self.as_json:
             return
+        if isinstance(renderable, Text):
+            renderable.plain = printable(renderable.plain)
+        elif isinstance(renderable, str):
+            renderable = printable(renderable)
         self.console.print(renderable, highlight=False, soft_wrap=isinstance(renderable, Text))  # nothing is cut
 
     def message(self, text: str) -> None:

@@ -3,7 +3,7 @@
 import filecmp
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ticketfind import TicketfindError, files, masks
+from ticketfind import TicketfindError, files, limits, masks
 from ticketfind.digests import digest
+from ticketfind.limits import short, shown
 from ticketfind.masks import Masks
 from ticketfind.tensorfile import read_tensors, save_tensors
 
@@ -180,10 +181,11 @@ def hold(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Tensor]) ->
     return release
 
 
-def load_ticket(path: Path | str) -> Ticket:
+def load_ticket(path: Path | str, *, finite: bool = True) -> Ticket:
     """Read a ticket file of either layout onto the CPU. Nothing in it is executed.
 
-    Raises TicketfindError where the file is missing, damaged, no ticket, or of a newer format.
+    finite: whether surviving weights that are NaN or infinite are refused. Raises TicketfindError where they are, and
+    where the file is missing, damaged, no ticket, or of a newer format.
     """
     path = Path(path)
     tensors, metadata = read_tensors(path, "ticket")
@@ -208,8 +210,56 @@ def load_ticket(path: Path | str) -> Ticket:
         if not isinstance(name, str) or (
             name in found_masks and (alias not in init or init[alias].shape != init[name].shape)
         ):
-            raise TicketfindError(f"{path}: metadata aliases: expected {alias} to be tied to a mask, found {name!r}")
-    return Ticket(found_masks, init, provenance, complete=not compact)
+            raise TicketfindError(
+                f"{path}: metadata aliases: expected {alias} to be tied to a mask, found {shown(name)}"
+            )
+    ticket = Ticket(found_masks, init, provenance, complete=not compact)
+    if finite and (bad := not_finite(ticket)):
+        raise TicketfindError(
+            f"{path}: init/{short(bad[0])}: expected finite weights, found NaN or infinity among those kept;"
+            " the file is damaged, or its search went wrong"
+        )
+    return ticket
+
+
+def not_finite(ticket: Ticket) -> list[str]:
+    """The names of weights with NaN or infinity where the mask keeps them, and of all else with NaN.
+
+    What has no mask may be infinite: attention masks, which are buffers, are.
+    """
+    masked = (name for name, mask in ticket.masks.items() if not _is_finite(ticket.init[name], mask))
+    rest = (name for name in ticket.init if name not in ticket.masks)
+    return [*masked, *(name for name in rest if _has_nan(ticket.init[name]))]
+
+
+def _is_finite(value: Tensor, mask: Tensor) -> bool:
+    """Whether it is where the mask keeps it."""
+    return all(bool((part.isfinite() | ~kept).all()) for part, kept in zip(_parts(value), _parts(mask), strict=True))
+
+
+def _has_nan(value: Tensor) -> bool:
+    return any(bool(part.isnan().any()) for part in _parts(value))
+
+
+def _parts(value: Tensor) -> Iterator[Tensor]:
+    """A tensor's numbers, a quarter of a million at a time: what is on disk is to stay there.
+
+    Those of 8 bits and fewer as larger ones, as PyTorch can tell little about them.
+    """
+    parts: tuple[Tensor, ...] = value.reshape(-1).split(2**18)  # type: ignore[no-untyped-call]
+    for part in parts:
+        yield part.float() if part.is_floating_point() and part.element_size() < 2 else part
+
+
+def read_start(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A run's rewind point: every weight and buffer, and iteration, sigma, aliases and checkpoint_dtype of its tickets.
+
+    Raises TicketfindError where the file is missing or damaged.
+    """
+    tensors, metadata = read_tensors(path, "rewind point")
+    rest = {"recipe": {}, "round": 0, "replicate": 0, "claims": {}, "versions": {}}
+    about = _provenance(path, {**_json_of(path, metadata), **rest})
+    return tensors, {key: getattr(about, key) for key in ("iteration", "sigma", "aliases", "checkpoint_dtype")}
 
 
 def changed_sections(path: Path) -> list[str] | None:
@@ -231,25 +281,28 @@ def _digest_of(tensors: Mapping[str, Tensor], section: str) -> str:
 
 
 def _read_about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    if _KEY not in metadata:
-        raise TicketfindError(f"{path}: expected a ticket, found a safetensors file without ticketfind metadata")
-    try:
-        about = json.loads(metadata[_KEY], parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise TicketfindError(f"{path}: expected JSON in the ticketfind metadata: {error}") from error
-    if not isinstance(about, dict) or not isinstance(about.get("format"), int):
+    about = {"format": None, **_json_of(path, metadata)}
+    if about["format"] is None:
         raise TicketfindError(f"{path}: expected a format number in the ticketfind metadata")
     if about["format"] > FORMAT:
         raise TicketfindError(
             f"{path}: ticket format {about['format']} is newer than this ticketfind reads ({FORMAT}); upgrade"
         )
     if about.get("layout") not in ("full", "compact"):
-        raise TicketfindError(f"{path}: layout: expected full or compact, found {about.get('layout')!r}")
+        raise TicketfindError(f"{path}: layout: expected full or compact, found {shown(about.get('layout'))}")
     return about
 
 
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON number")
+def _json_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if _KEY not in metadata:
+        raise TicketfindError(f"{path}: expected a ticket, found a safetensors file without ticketfind metadata")
+    try:
+        about = limits.read_json(metadata[_KEY].encode())
+    except ValueError as error:
+        raise TicketfindError(f"{path}: expected JSON in the ticketfind metadata: {error}") from error
+    if not isinstance(about, dict) or ("format" in about and type(about["format"]) is not int):
+        raise TicketfindError(f"{path}: expected a format number in the ticketfind metadata")
+    return about
 
 
 def _provenance(path: Path, about: Mapping[str, Any]) -> Provenance:
@@ -262,10 +315,48 @@ def _provenance(path: Path, about: Mapping[str, Any]) -> Provenance:
             raise TicketfindError(
                 f"{path}: metadata {key}: expected {kind.__name__}, found {type(about.get(key)).__name__}"
             )
+        if kind is int and not 0 <= about[key] < 2**63:
+            raise TicketfindError(f"{path}: metadata {key}: expected a count, found {shown(about[key])}")
+    _check_entries(path, about)
     dtype = about.get("checkpoint_dtype")
     if dtype is not None and not isinstance(dtype, str):
         raise TicketfindError(f"{path}: metadata checkpoint_dtype: expected str, found {type(dtype).__name__}")
     return Provenance(**{key: about[key] for key in kinds}, checkpoint_dtype=dtype)
+
+
+def _check_entries(path: Path, about: Mapping[str, Any]) -> None:
+    """Raise TicketfindError unless the metadata's mappings hold what they should."""
+    for key, name, good in (
+        *(("sigma", name, _is_number(sigma) and sigma >= 0) for name, sigma in about["sigma"].items()),
+        *(("versions", name, isinstance(version, str)) for name, version in about["versions"].items()),
+        *(("claims", name, _is_stats(claim)) for name, claim in about["claims"].items()),
+    ):
+        if not good:
+            found = shown(about[key][name], 60)
+            raise TicketfindError(f"{path}: metadata {key}: expected another value for {short(name)} than {found}")
+    if fault := limits.fault_of(about["recipe"]):
+        raise TicketfindError(f"{path}: metadata recipe: expected a recipe, found {fault}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
+
+
+def _is_stats(value: Any) -> bool:
+    """STATS of docs/json.md, as far as a file has it."""
+    spreads = (
+        [value[key] for key in ("accuracy_early", "accuracy_end", "early_stop") if key in value]
+        if isinstance(value, dict)
+        else [None]
+    )
+    return all(
+        isinstance(spread, dict)
+        and _is_number(spread.get("mean"))
+        and (spread.get("sd") is None or _is_number(spread["sd"]))
+        and isinstance(spread.get("values"), list)
+        and all(map(_is_number, spread["values"]))
+        for spread in spreads
+    )
 
 
 # ---------------------------------------------------------------------------------------- compact layout
@@ -288,21 +379,27 @@ def _unpack(path: Path, packed: Masks, init: dict[str, Tensor], shapes: Any) -> 
     """Replace packed masks and survivors by full-shaped tensors, in place."""
     if not isinstance(shapes, dict) or shapes.keys() != packed.keys():
         raise TicketfindError(f"{path}: metadata shapes: expected one for each mask of a compact ticket")
+    left = limits.inflated(path.stat().st_size)
     for name, raw in shapes.items():
         if not isinstance(raw, list) or not all(type(side) is int and side >= 0 for side in raw):
-            raise TicketfindError(f"{path}: metadata shapes: {name}: expected whole numbers, found {raw!r}")
-        n = math.prod(raw)
-        if len(raw) > 64 or math.prod(side or 1 for side in raw) > 2**48:
-            raise TicketfindError(f"{path}: metadata shapes: {name}: expected a tensor's shape, found {raw!r}")
+            raise TicketfindError(f"{path}: metadata shapes: {name}: expected whole numbers, found {shown(raw)}")
+        n = limits.elements(tuple(raw))
+        if n is None:
+            raise TicketfindError(f"{path}: metadata shapes: {name}: expected a tensor's shape, found {shown(raw)}")
         if packed[name].dtype != torch.uint8 or packed[name].shape != ((n + 7) // 8,) or name not in init:
             raise TicketfindError(f"{path}: mask/{name}: expected {(n + 7) // 8} bytes and init/{name} for shape {raw}")
+        left -= n * (1 + init[name].element_size())
+        if left < 0:
+            raise TicketfindError(
+                f"{path}: expected a compact ticket, found one that unpacks to much more than its size"
+            )
         mask = unpack_bits(packed[name], tuple(raw))
         if init[name].numel() != int(mask.sum()):
             raise TicketfindError(
                 f"{path}: init/{name}: expected {int(mask.sum())} surviving weights, found {init[name].numel()}"
             )
         full = init[name].new_zeros(tuple(raw))
-        full[mask] = init[name].flatten()
+        full.masked_scatter_(mask, init[name].flatten())
         packed[name], init[name] = mask, full
 
 

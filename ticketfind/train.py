@@ -299,13 +299,13 @@ def _begun(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) ->
     try:
         found = None if work.snapshots is None else work.snapshots.find(arms)
         if found is not None:
-            course = course_of(found)
+            course = course_of(found, len(arms), arms[0].first, int(work.how.iterations))
             training = begin(course.at)
             if digests(training) != course.began:
                 raise ValueError("it is of a training that began elsewhere")
             take_up(found, training, task.device)
             return training, course
-    except (KeyError, TypeError, ValueError, RuntimeError, TicketfindError) as error:
+    except Exception as error:  # whatever is wrong with it
         note(f"{arms[0].name}: its snapshot cannot be used and is trained from its start: {one_line(error)}")
     training = begin(arms[0].first)
     return training, Course.new(arms[0].first, digests(training))

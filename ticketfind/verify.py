@@ -30,14 +30,20 @@ class Check:
 
 def of_ticket(path: Path) -> list[Check]:
     """The checks of a ticket file. Raises TicketfindError for a file that cannot be read as a ticket."""
-    found = ticket.load_ticket(path)
+    found = ticket.load_ticket(path, finite=False)
+    bad = ticket.not_finite(found)
     claim = found.about.claims.get("ticket")
     share = claim.get("remaining") if isinstance(claim, dict) else None
+    share = share if isinstance(share, float) else None
     kept, size = masks.count(dict(found.masks)), sum(mask.numel() for mask in found.masks.values())
     return [
         _integrity(path),
         Check("masks fit the weights", True, f"{len(found.masks)} masks, {kept:,} of {size:,} weights kept"),
-        Check("surviving weights are finite", True, f"{len(found.init)} tensors"),
+        Check(
+            "surviving weights are finite",
+            not bad,
+            f"NaN or infinity in {', '.join(bad[:3])}" if bad else f"{len(found.init)} tensors",
+        ),
         *([] if share is None else [Check("weights remaining", abs(share - kept / size) < 1e-9, f"{share:.4%}")]),
     ]
 
@@ -144,10 +150,9 @@ def _began(run: RunDir, recipe: Recipe, line: dict[str, Any]) -> Fault:
         raise _Unknown("the dense training began before the rewind point")
     if round == 0 and recipe.model.trained is not None:
         raise _Unknown("the dense training is not the search's own")
-    start, metadata = read_tensors(run.start_file(replicate, round if moves else None), "rewind point")
-    tied = json.loads(metadata["ticketfind"])["aliases"]
+    start, facts = ticket.read_start(run.start_file(replicate, round if moves else None))
     expected = masks.masked(start, _mask(run, round, replicate))
-    if digest({name: value for name, value in expected.items() if name not in tied}) != line["began"]:
+    if digest({name: value for name, value in expected.items() if name not in facts["aliases"]}) != line["began"]:
         return "the training began with other weights than the rewind point under the mask"
     return None
 
