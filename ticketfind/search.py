@@ -247,6 +247,7 @@ class _Job:
         name, seed = f"round {round}, replicate {replicate}", self.recipe.run.seed + replicate
         if round == 0:
             return Arm(name, self.task.start(seed), {}, seed, replicate=replicate)
+        self.run.check()
         start, _ = read_tensors(self.start_file(round, replicate), "rewind point")
         mask, _ = read_tensors(self.run.mask_file(round, replicate), "mask")
         emptied = ", ".join(parameter for parameter, kept in mask.items() if not bool(kept.any()))

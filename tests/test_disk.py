@@ -1,0 +1,120 @@
+"""Disks that are full, read-only or gone: a clear line, what was whole stays whole, and the same command goes on."""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SEARCH = [
+    sys.executable, "-m", "ticketfind", "search", "--iterations", "150", "--rounds", "3", "--replicates", "2",
+    "--set", "train.eval_every=50", "--engine", "eager", "--device", "cpu",
+]  # fmt: skip
+
+
+def search(out: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*SEARCH, "--out", str(out)], capture_output=True, text=True, timeout=120)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    found = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    found.pop(".lock", None)
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert search(out).returncode == 0
+    return contents(out)
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 1 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here: that takes Linux and root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def remount(place: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
+
+
+@pytest.mark.parametrize("left", [20, 650])
+def test_a_disk_that_fills_up(left: int, mount: Path, undisturbed: dict[str, bytes]) -> None:
+    """With room for `left` KiB: nothing, or some rounds."""
+    filler = mount / "filler"
+    filler.write_bytes(bytes(1024 * (1024 - left)))
+    done = search(mount / "run")
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"error: {mount / 'run'}") and "No space left on device" in line
+    for name, content in contents(mount / "run").items():  # whole, all of it, but for what is kept of a training
+        assert name.startswith("state/") or undisturbed[name].startswith(content), name
+        assert name in ("log.jsonl", "recipe.yaml") or name.startswith("state/") or undisturbed[name] == content, name
+    assert not list((mount / "run").rglob(".*.tmp"))
+    filler.unlink()
+    remount(mount, "size=8m")
+    done = search(mount / "run")
+    assert done.returncode == 0, done.stderr
+    ours = contents(mount / "run")
+    assert ours.keys() == undisturbed.keys()
+    assert all(ours[name] == undisturbed[name] for name in ours)
+
+
+def test_a_disk_that_is_read_only(mount: Path, undisturbed: dict[str, bytes]) -> None:
+    """Where it is so from the start, and where it has become so since the search was stopped."""
+    remount(mount, "size=8m")
+    remount(mount, "ro")
+    done = search(mount / "run")
+    assert done.returncode == 1 and "Read-only file system" in done.stderr and "Traceback" not in done.stderr
+    remount(mount, "rw")
+    with subprocess.Popen([*SEARCH, "--out", str(mount / "run")]) as process:
+        wait_for(mount / "run/log.jsonl", lines=1)
+        process.terminate()
+        assert process.wait(30) in (0, 143)
+    remount(mount, "ro")
+    if not (mount / "run/finished").exists():
+        refuses(mount / "run")
+    remount(mount, "rw")
+    assert search(mount / "run").returncode == 0
+    assert contents(mount / "run") == undisturbed
+
+
+def refuses(out: Path) -> None:
+    before = contents(out)
+    done = search(out)
+    assert done.returncode == 1 and "Read-only file system" in done.stderr and "Traceback" not in done.stderr
+    assert contents(out) == before
+
+
+def test_a_disk_that_goes_away(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    """The folder is moved away under the search; put back, it goes on."""
+    out, away = tmp_path / "run", tmp_path / "away"
+    with subprocess.Popen([*SEARCH, "--out", str(out)], stderr=subprocess.PIPE, text=True) as process:
+        wait_for(out / "log.jsonl", lines=2)
+        out.rename(away)
+        assert process.wait(60) == 1
+        assert process.stderr is not None
+        told = process.stderr.read()
+    assert "the run directory has gone while the search was at work" in told and "Traceback" not in told
+    assert not out.exists() or not any(out.rglob("*.safetensors")), "nothing is begun anew in its place"
+    shutil.rmtree(out, ignore_errors=True)
+    away.rename(out)
+    assert search(out).returncode == 0
+    assert contents(out) == undisturbed
+
+
+def wait_for(log: Path, *, lines: int) -> None:
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_bytes().count(b"\n") >= lines):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
