@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ticketfind import contents, masks, prunable
+from ticketfind import TicketfindError, contents, forks, masks, prunable
 from ticketfind.connection import is_disconnected
 from ticketfind.recipe import Recipe
 from ticketfind.results import Round
@@ -135,3 +136,24 @@ def test_a_deep_network_that_is_cut_off_is_noticed(net: Callable[[], nn.Module],
     for name in (names[0], names[len(names) // 2], names[-1]):
         cut: dict[str, Tensor] = {**whole, name: torch.zeros_like(whole[name])}
         assert is_disconnected(task, task.start(0), cut), name
+
+
+@linux
+def test_a_process_that_cannot_keep_what_it_has_done_leaves_quietly(capfd: pytest.CaptureFixture[str]) -> None:
+    """Stopped while its disk is full: nobody listens any more, and no traceback comes of it."""
+
+    def train(_: int, tick: forks.Tick) -> None:
+        try:
+            while True:
+                tick(1)
+                time.sleep(0.01)
+        except BaseException as stop:
+            raise TicketfindError("cannot write: no space left") from stop
+
+    def tick(iterations: int) -> None:
+        if iterations:
+            raise Stop
+
+    with pytest.raises(Stop):
+        [*forks.side_by_side(2, 2, train, tick)]
+    assert capfd.readouterr().err == ""
