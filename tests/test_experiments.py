@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ticketfind import TicketfindError, contents, experiments, masks, results
+from ticketfind.batches import Split
 from ticketfind.devices import EAGER, Way
 from ticketfind.experiments import Design, Evaluation, default_trials, difference, noisy
 from ticketfind.recipe import Recipe, Train
@@ -272,6 +273,26 @@ def test_noise_on_trained_weights_is_measured_and_not_trained(
 # -------------------------------------------------------------------------------------- further controls
 
 
+def test_noise_on_trained_weights_reaches_tied_ones(
+    make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket]
+) -> None:
+    """Under both names, as a network of plain PyTorch with the same weights says."""
+    task, how = make_task("tied"), make_train(iterations=150, eval_every=150, lr=0.3)
+    ticket = make_ticket(task, keep=0.6)
+    found = evaluate([ticket], task, how, seeds=[4], way=EAGER, weight_noise=[0.7])
+    arm = Arm("again", ticket.init, ticket.masks, 4)
+    ((_, outcome),) = fit([arm], task, how)
+    assert isinstance(outcome, Outcome) and task.data is not None and isinstance(task.data.test, Split)
+    state = masks.masked(noisy(ticket, 0.7, 4, outcome.final), ticket.masks)
+    state["decode.weight"] = state["encode.weight"]
+    model = copy.deepcopy(task.model)
+    model.load_state_dict(state)
+    test = task.data.test
+    right = model(test.inputs).argmax(1) == test.targets
+    assert found.arms["weight-noise=0.7"].accuracy_end.mean == pytest.approx(float(right.float().mean()))
+    assert found.arms["weight-noise=0.7"].accuracy_end.mean != found.arms["ticket"].accuracy_end.mean
+
+
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_masks_drawn_at_once_keep_the_highest_magnitudes(
     scope: str, make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket],
@@ -411,6 +432,22 @@ def test_an_evaluation_says_what_its_figures_say(
     assert isinstance(found, Evaluation)
     assert found.verdict == verdict(found.arms, found.remaining, tolerance=100, test_size=60)
     assert found.verdict.text.startswith(("winning", "matching but not special"))
+
+
+def test_a_ticket_that_fails_to_train_is_left_out_and_counted(
+    make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket]
+) -> None:
+    """One of three replicates starts from weights that nothing trains from: unequal replicates, and no "winning"."""
+    task = make_task()
+    tickets = [make_ticket(task, seed=seed) for seed in range(3)]
+    huge = {name: value * 1e30 for name, value in tickets[1].init.items()}
+    tickets[1] = dataclasses.replace(tickets[1], init=huge)
+    found = evaluate(tickets, task, make_train(), seeds=[0, 1, 2], way=EAGER, tolerance=1000)
+    assert {name: stats.replicates for name, stats in found.arms.items()} == {
+        "dense": 2, "ticket": 2, "reinit": 3, "random": 2,
+    }  # fmt: skip
+    assert found.verdict.text.startswith("inconclusive") and "1 of its trainings failed" in found.verdict.text
+    assert any(note.startswith("ticket, seed 1: the loss is not finite") for note in found.notes)
 
 
 # ------------------------------------------------------------------------------------------- difference

@@ -50,6 +50,16 @@ def test_verdicts(case: str) -> None:
     assert found.text.startswith(expected), found.text
 
 
+def test_a_ticket_that_sometimes_fails_to_train_is_no_winner() -> None:
+    """Its mean is that of the trainings that went well; but what does not match even so, does not."""
+    arms = {"dense": DENSE, **CASES["both controls below"][0]}
+    assert verdict(arms, 0.05, tolerance=None, test_size=400).text.startswith("winning")
+    found = verdict(arms, 0.05, tolerance=None, test_size=400, lost=2)
+    assert found.text.startswith("inconclusive") and "2 of its trainings failed" in found.text
+    found = verdict({**arms, "ticket": LOW}, 0.05, tolerance=None, test_size=400, lost=2)
+    assert found.text.startswith("not matching")
+
+
 def test_without_a_dense_network_there_is_nothing_to_match() -> None:
     found = verdict({"ticket": DENSE, "reinit": LOW}, 0.05, tolerance=None, test_size=400)
     assert found.text.startswith("inconclusive") and found.margin is None

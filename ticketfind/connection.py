@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from torch import Tensor
 
 from ticketfind import TicketfindError, lanes
 from ticketfind.masks import Masks
@@ -37,8 +38,14 @@ def is_disconnected(task: Task, start: State, masks: Masks) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    positive = {
-        name: (0.1 + 0.1 * torch.rand(value.shape, generator=generator)).to(value) if name in trained else value
-        for name, value in start.items()
-    }
+    positive = {name: _positive(value, generator) if name in trained else value for name, value in start.items()}
     return tells_apart(positive, {}) and not tells_apart(positive, masks)
+
+
+def _positive(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Positive weights in place of `value`, so large that a unit's output is about the mean of its inputs.
+
+    Larger ones would overflow in a deep network, or saturate; both would hide what the input says.
+    """
+    inputs = value[0].numel() if value.ndim > 1 and len(value) else 1
+    return ((0.5 + torch.rand(value.shape, generator=generator)) / max(1, inputs)).to(value)

@@ -77,7 +77,7 @@ def chosen(run: RunDir, round: int | None) -> Choice:
     rounds = finished_rounds(run, recipe)
     untested = _untested(recipe, rounds)
     if untested is not None and round in (None, untested):
-        return Choice(untested, 0)
+        return Choice(untested, rounds[0].replicates[0])
     if round is not None:
         if not 1 <= round < len(rounds):
             raise _no_round(run, rounds, round)

@@ -16,7 +16,7 @@ from ticketfind.forks import Tick
 from ticketfind.recipe import Run, Train
 from ticketfind.results import Measured, Stats
 from ticketfind.ticket import Ticket
-from ticketfind.train import Arm, State, Task, check_memory, fit, judge
+from ticketfind.train import Arm, Outcome, State, Task, check_memory, fit, judge
 from ticketfind.verdict import CONTROLS, Verdict, verdict
 
 EXTRAS = ("one-shot", "init-magnitude")
@@ -128,19 +128,25 @@ def evaluate(
     arms, notes = _arms(design, cases, task, groups)
     check_memory(task, how, way, len(arms))
     measured: dict[str, dict[int, list[Measured]]] = {}
-    test_size = None
+    test_size, lost = None, 0
+    if design.weight_noise and task.data is None:
+        notes.append("weight noise is left out: only the program that trains can measure")
     trainings = fit([arm for _, arm, _ in arms], task, how, way=way, tick=tick, note=notes.append, folder=folder)
     with closing(trainings) as outcomes:
         for (kind, _, case), (arm, outcome) in zip(arms, outcomes, strict=True):
             if isinstance(outcome, Failed):
                 notes.append(f"{arm.name}: {outcome.reason}; it is left out")
+                lost += kind == "ticket"
                 continue
             measured.setdefault(kind, {}).setdefault(case.replicate, []).append(outcome.measured)
             test_size = outcome.test_size
             if kind in ("ticket", "dense") and task.data is not None:
                 for level, found in _shaken(design, case, arm, outcome.final, task, how):
                     name = f"weight-noise={level:g}" if kind == "ticket" else f"dense weight-noise={level:g}"
-                    measured.setdefault(name, {}).setdefault(case.replicate, []).append(found)
+                    if isinstance(found, Failed):
+                        notes.append(f"{name}, seed {case.seed}: its numbers are not finite; it is left out")
+                        continue
+                    measured.setdefault(name, {}).setdefault(case.replicate, []).append(found.measured)
             for file in folder.rglob("*.safetensors") if folder else ():
                 file.unlink()  # a program's weights, which have been read: those of all arms may fill a disk
     stats = {
@@ -157,20 +163,19 @@ def evaluate(
         remaining=remaining,
         arms=stats,
         trials=design.trials if of > 1 else 1,
-        verdict=verdict(stats, remaining, tolerance=tolerance, test_size=test_size),
+        verdict=verdict(stats, remaining, tolerance=tolerance, test_size=test_size, lost=lost),
         notes=tuple(notes),
     )
 
 
 def _shaken(
     design: Design, case: _Case, arm: Arm, final: State, task: Task, how: Train
-) -> Iterator[tuple[float, Measured]]:
+) -> Iterator[tuple[float, Outcome | Failed]]:
     """Trained weights with noise on those that the mask keeps, measured."""
     for level in design.weight_noise:
         state = masks.masked(noisy(case.ticket, level, case.seed, final), arm.masks)
         ((_, outcome),) = judge([(arm, state)], task, how)
-        if not isinstance(outcome, Failed):
-            yield level, outcome.measured
+        yield level, outcome
 
 
 def _arms(

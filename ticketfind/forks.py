@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
@@ -161,10 +161,15 @@ def _child(
     except (_Asked, BrokenPipeError):
         pass
     except BaseException as error:
-        try:
-            sending.send_bytes(pickle.dumps(("error", error)))
-        except Exception:
-            sending.send_bytes(pickle.dumps(("error", RuntimeError(f"{type(error).__name__}: {error}"))))
+        with suppress(BrokenPipeError):  # nobody waits to hear of it: the parent is on its way out
+            sending.send_bytes(_pickled(error))
+
+
+def _pickled(error: BaseException) -> bytes:
+    try:
+        return pickle.dumps(("error", error))
+    except Exception:
+        return pickle.dumps(("error", RuntimeError(f"{type(error).__name__}: {error}")))
 
 
 def _die_with(parent: int) -> None:

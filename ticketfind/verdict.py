@@ -52,19 +52,22 @@ def margin(dense: Stats, given: float | None, test_size: int | None) -> float:
     return max(dense.accuracy_early.sd or 0.0, math.sqrt(p * (1 - p) / test_size) if test_size else 0.0)
 
 
-def verdict(arms: Mapping[str, Stats], remaining: float, *, tolerance: float | None, test_size: int | None) -> Verdict:
+def verdict(
+    arms: Mapping[str, Stats], remaining: float, *, tolerance: float | None, test_size: int | None, lost: int = 0
+) -> Verdict:
     """Which of the four it is; the first that applies:
 
     - *inconclusive* without a dense network or with a single replicate: there is nothing to match, or no spread.
     - *not matching*: ticket - dense is below -margin with 95 % (one-sided).
     - *inconclusive* unless it is above -margin with 95 % (one-sided, as is usual for "not inferior").
+    - *inconclusive*: trainings of the ticket failed, and its mean is that of those that went well.
     - *inconclusive*: a control was not trained.
     - *winning*: ticket - control is above 0 with 97.5 %, for both controls.
     - *matching but not special*: control - dense is above -margin with 97.5 %, for one of the two.
     - *inconclusive*: neither.
 
     So each verdict but the last is false with at most 5 %. tolerance: the margin in points, by `margin` where None.
-    remaining: of the weights, a fraction, for the text.
+    remaining: of the weights, a fraction, for the text. lost: trainings of the ticket that failed.
     """
     least = 1 / test_size if test_size else 1e-6
 
@@ -96,6 +99,8 @@ def verdict(arms: Mapping[str, Stats], remaining: float, *, tolerance: float | N
     if low <= -allowed:
         more = _more(ticket, dense, to_dense.difference + allowed, least)
         return say(f"inconclusive: {figures}; it may match or not{more}")
+    if lost:
+        return say(f"inconclusive: {figures}; {lost} of its trainings failed, which the mean leaves out")
     missing = [name for name in CONTROLS if name not in arms]
     if missing:
         return say(f"inconclusive: {figures}; not compared with {' and '.join(missing)}")

@@ -1,20 +1,20 @@
 """Whether a ticket file or a run is what it says it is: every promise that can be checked from the files alone."""
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ticketfind import TicketfindError, contents, invariants, masks, results, ticket
+from ticketfind import TicketfindError, contents, invariants, masks, ticket
 from ticketfind.digests import digest
 from ticketfind.experiments import Retraining
 from ticketfind.masks import Masks
 from ticketfind.recipe import Recipe
 from ticketfind.rundir import RunDir
-from ticketfind.tensorfile import read_tensors
+from ticketfind.tensorfile import read_metadata, read_tensors
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,7 @@ def of_ticket(path: Path) -> list[Check]:
     """The checks of a ticket file. Raises TicketfindError for a file that cannot be read as a ticket."""
     found = ticket.load_ticket(path, finite=False)
     bad = ticket.not_finite(found)
-    claim = found.about.claims.get("ticket")
-    share = claim.get("remaining") if isinstance(claim, dict) else None
-    share = share if isinstance(share, float) else None
+    share = json.loads(read_metadata(path, "ticket")["ticketfind"]).get("remaining")
     kept, size = masks.count(dict(found.masks)), sum(mask.numel() for mask in found.masks.values())
     return [
         _integrity(path),
@@ -44,7 +42,9 @@ def of_ticket(path: Path) -> list[Check]:
             not bad,
             f"NaN or infinity in {', '.join(bad[:3])}" if bad else f"{len(found.init)} tensors",
         ),
-        *([] if share is None else [Check("weights remaining", abs(share - kept / size) < 1e-9, f"{share:.4%}")]),
+        Check(
+            "weights remaining are as it says", share == kept / size, f"{kept / size:.4%}, and it says {share!r:.20}"
+        ),
     ]
 
 
@@ -67,14 +67,22 @@ def of_run(run: RunDir) -> list[Check]:
         return [Check("the log is sound", False, str(error))]
     trained = [line for line in log if "failed" not in line]
     lines = {(line["round"], line["replicate"]): line for line in trained}
+    drawn = {at for at in lines if at[0] > 0} | {(r + 1, i) for r, i in lines if run.mask_file(r + 1, i).exists()}
     checks = [
         Check("the log is sound", True, f"{len(rounds)} finished rounds, {len(lines)} trainings"),
-        _all("masks are nested, round by round", lines, lambda at: _nested(run, *at)),
-        _all("weights kept are as planned", lines, lambda at: _counts(run, recipe, lines[at])),
-        _all("every round began at the rewind point", lines, lambda at: _began(run, recipe, lines[at])),
-    ]
+        _all("masks are nested, round by round", "masks", drawn, lambda at: _nested(run, *at)),
+        _all(
+            "weights kept are as planned", "counts", lines.keys() | drawn,
+            lambda at: _counts(run, recipe, *at, lines.get(at)),
+        ),
+        _all(
+            "every round began at the rewind point", "trainings", lines, lambda at: _began(run, recipe, lines[at])
+        ),
+    ]  # fmt: skip
     if run.ticket_file.exists():
-        checks += [*of_ticket(run.ticket_file), _is_winner(run, recipe, rounds)]
+        checks += of_ticket(run.ticket_file)
+    if run.ticket_file.exists() or run.is_finished:
+        checks.append(_is_winner(run))
     return checks
 
 
@@ -93,10 +101,12 @@ class _Unknown(Exception):
     """The files do not say enough."""
 
 
-def _all(what: str, lines: dict[tuple[int, int], Any], fault_of: Callable[[tuple[int, int]], Fault]) -> Check:
-    """One check over all trainings."""
+def _all(
+    what: str, kind: str, places: Collection[tuple[int, int]], fault_of: Callable[[tuple[int, int]], Fault]
+) -> Check:
+    """One check over rounds and replicates. kind: what there is one of in each place."""
     unknown = []
-    for round, replicate in sorted(lines):
+    for round, replicate in sorted(places):
         try:
             fault = fault_of((round, replicate))
         except _Unknown as reason:
@@ -106,13 +116,18 @@ def _all(what: str, lines: dict[tuple[int, int], Any], fault_of: Callable[[tuple
             fault = str(error)
         if fault is not None:
             return Check(what, False, f"round {round}, replicate {replicate}: {fault}")
-    count = len(lines) - len(unknown)
-    text = f"{count} trainings" + (f"; {len(unknown)} not checked: {unknown[0]}" if unknown else "")
+    count = len(places) - len(unknown)
+    text = f"{count} {kind}" + (f"; {len(unknown)} not checked: {unknown[0]}" if unknown else "")
     return Check(what, True if count else None, text)
 
 
 def _mask(run: RunDir, round: int, replicate: int) -> Masks:
-    return {} if round == 0 else read_tensors(run.mask_file(round, replicate), "mask")[0]
+    if round == 0:
+        return {}
+    mask, _ = read_tensors(file := run.mask_file(round, replicate), "mask")
+    if any(m.dtype != torch.bool for m in mask.values()):
+        raise TicketfindError(f"{file}: expected masks of true and false, found other numbers")
+    return mask
 
 
 def _nested(run: RunDir, round: int, replicate: int) -> Fault:
@@ -123,19 +138,21 @@ def _nested(run: RunDir, round: int, replicate: int) -> Fault:
     return f"{', '.join(grown)} keeps weights that were pruned before" if grown else None
 
 
-def _counts(run: RunDir, recipe: Recipe, line: dict[str, Any]) -> Fault:
-    """Against the log, and against the plan that follows from the recipe and the shapes alone."""
-    round, replicate = line["round"], line["replicate"]
-    if round == 0:
-        return None
-    mask = _mask(run, round, replicate)
+def _counts(run: RunDir, recipe: Recipe, round: int, replicate: int, line: dict[str, Any] | None) -> Fault:
+    """Against the plan that follows from the recipe and the shapes alone, and the log, where it has a line."""
+    mask = _mask(run, max(1, round), replicate)  # those of the first pruning say how large the dense network is
     sizes = {name: m.numel() for name, m in mask.items()}
+    kept = {name: int(m.sum()) for name, m in mask.items()} if round else sizes
     groups = masks.make_groups([*sizes], recipe.prune.fraction, recipe.prune.scope)
-    planned = masks.plan(sizes, groups, recipe.prune.rounds, recipe.prune.until)[round]
-    kept = {name: int(m.sum()) for name, m in mask.items()}
-    if sum(kept.values()) != planned:
-        return f"{sum(kept.values())} weights are kept, {planned} are planned"
-    if line.get("kept") != planned or line.get("kept_per_tensor") != kept:
+    planned = masks.plan(sizes, groups, recipe.prune.rounds, recipe.prune.until)
+    if round >= len(planned):
+        return f"{len(planned) - 1} rounds are planned"
+    count, total = planned[round], planned[0]
+    if sum(kept.values()) != count:
+        return f"{sum(kept.values())} weights are kept, {count} are planned"
+    if line is None:
+        return None
+    if line.get("kept") != count or line.get("kept_per_tensor") != kept or line.get("remaining") != count / total:
         return f"the log says {line.get('kept')} weights, or other counts of single tensors than the mask has"
     return None
 
@@ -151,32 +168,38 @@ def _began(run: RunDir, recipe: Recipe, line: dict[str, Any]) -> Fault:
     if round == 0 and recipe.model.trained is not None:
         raise _Unknown("the dense training is not the search's own")
     start, facts = ticket.read_start(run.start_file(replicate, round if moves else None))
-    expected = masks.masked(start, _mask(run, round, replicate))
+    mask = _mask(run, round, replicate)
+    if any(name not in start or start[name].shape != m.shape for name, m in mask.items()):
+        return "the masks are of another network than the rewind point"
+    expected = masks.masked(start, mask)
     if digest({name: value for name, value in expected.items() if name not in facts["aliases"]}) != line["began"]:
         return "the training began with other weights than the rewind point under the mask"
     return None
 
 
-def _is_winner(run: RunDir, recipe: Recipe, rounds: list[results.Round]) -> Check:
+def _is_winner(run: RunDir) -> Check:
     """The ticket file against the run's other files."""
     what = "the ticket is the run's winner"
-    found, winner = ticket.load_ticket(run.ticket_file), results.winner_of(rounds)
-    if winner is None and recipe.model.trained is None:
-        return Check(what, False, "no round of the log wins")
-    expected = contents.load(run, found.about.round, found.about.replicate)
+    try:
+        choice = contents.chosen(run, None)
+    except TicketfindError:
+        there = run.ticket_file.exists()
+        return Check(what, not there, "no round of the log wins" + (", and there is a ticket" if there else ""))
+    if not run.ticket_file.exists():
+        return Check(what, False, f"round {choice.round} wins, and {run.ticket_file.name} is missing")
+    found = ticket.load_ticket(run.ticket_file)
+    if (found.about.round, found.about.replicate) != (choice.round, choice.replicate):
+        return Check(what, False, "not as in the run: its round or replicate")
+    expected = contents.load(run, choice.round, choice.replicate)
+    said, true = asdict(found.about), json.loads(json.dumps(asdict(expected.about)))
     faults = [
-        *(["its round or replicate"] if winner and _place(found) != (winner.round, winner.best_replicate) else []),
         *_differing("mask", dict(found.masks), dict(expected.masks)),
         *_differing("init", dict(found.init), dict(expected.init)),
-        *(["its claims"] if found.about.claims != json.loads(json.dumps(expected.about.claims)) else []),
+        *(f"its {key}" for key in ("claims", "iteration", "sigma", "aliases") if said[key] != true[key]),
     ]
     if faults:
         return Check(what, False, f"not as in the run: {', '.join(faults[:3])}")
-    return Check(what, True, f"round {found.about.round}, replicate {found.about.replicate}")
-
-
-def _place(found: ticket.Ticket) -> tuple[int, int]:
-    return found.about.round, found.about.replicate
+    return Check(what, True, f"round {choice.round}, replicate {choice.replicate}")
 
 
 def _differing(section: str, a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> Iterator[str]:
