@@ -59,6 +59,7 @@ class Snapshots:
 
         def write() -> None:
             try:
+                self._check()
                 save_tensors(self._file(arms), taken.tensors, {_KEY: json.dumps(about)})
             except TicketfindError as error:
                 self._fault = error
@@ -81,6 +82,7 @@ class Snapshots:
             self._writing = None
         if self._fault is not None:
             fault, self._fault = self._fault, None
+            self._check()  # a folder that has gone is the better reason
             raise fault
 
     def done(self, round: int, replicates: Iterable[int]) -> int:
