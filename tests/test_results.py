@@ -27,12 +27,28 @@ def test_spread_is_mean_and_sample_standard_deviation():
     assert Spread.of([0.9]) == Spread(0.9, None, (0.9,))
 
 
+def around(mean, sd):
+    """The 95 % interval of two values: t is 12.706 with one degree of freedom."""
+    half = 12.7062047 * sd / 2**0.5
+    return {"interval": pytest.approx([mean - half, mean + half])}
+
+
 def test_stats_sum_up_each_quantity_and_are_plain_json():
     found = Stats.of([measured(0.5, end=0.4, stop=100), measured(0.7, end=0.6, stop=300)])
     assert json.loads(json.dumps(found.json())) == {
-        "accuracy_early": {"mean": pytest.approx(0.6), "sd": pytest.approx(0.02**0.5), "values": [0.5, 0.7]},
-        "accuracy_end": {"mean": pytest.approx(0.5), "sd": pytest.approx(0.02**0.5), "values": [0.4, 0.6]},
-        "early_stop": {"mean": 200, "sd": pytest.approx(20_000**0.5), "values": [100, 300]},
+        "accuracy_early": {
+            "mean": pytest.approx(0.6),
+            "sd": pytest.approx(0.02**0.5),
+            **around(0.6, 0.02**0.5),
+            "values": [0.5, 0.7],
+        },
+        "accuracy_end": {
+            "mean": pytest.approx(0.5),
+            "sd": pytest.approx(0.02**0.5),
+            **around(0.5, 0.02**0.5),
+            "values": [0.4, 0.6],
+        },
+        "early_stop": {"mean": 200, "sd": pytest.approx(20_000**0.5), **around(200, 20_000**0.5), "values": [100, 300]},
         "replicates": 2,
     }
 
@@ -121,5 +137,5 @@ def test_the_winner_is_the_sparsest_matching_round(accuracies, winner):
 def test_a_round_as_json():
     (dense,) = results.rounds_of(log({0: [(0.9, 1)]}), replicates=1, given_tolerance=None)
     assert dense.json() == {"round": 0, "remaining": 1.0, "matching": True, "failed": {}, **stats(0.9).json()} | {
-        "accuracy_end": {"mean": 0.0, "sd": None, "values": (0.0,)}
+        "accuracy_end": {"mean": 0.0, "sd": None, "interval": None, "values": (0.0,)}
     }

@@ -229,7 +229,7 @@ def test_a_snapshot_of_other_arms_is_none_of_these(others: list[Arm], tmp_path: 
 
 def test_each_group_of_arms_and_each_round_has_a_file_of_its_own_until_all_are_cleared(tmp_path: Path) -> None:
     kept = Snapshots(tmp_path / "state", None)
-    kept.clear()  # nothing there yet
+    kept.clear(0)  # nothing there yet
     assert kept.done(0, range(5)) == 0
     for number, (arms, at) in enumerate(
         [(arms_of(0, 1), 5), (arms_of(2), 9), (arms_of(2, 3, 4, round=12, first=4), 10)], 1
@@ -240,7 +240,9 @@ def test_each_group_of_arms_and_each_round_has_a_file_of_its_own_until_all_are_c
     assert names == ["00-0.safetensors", "00-2.safetensors", "12-2.safetensors"]
     assert kept.done(0, range(5)) == 2 * 5 + 9  # of all arms
     assert [kept.done(12, [r]) for r in range(4)] == [0, 0, 3 * (10 - 4), 0]  # from the iteration at which they began
-    kept.clear()
+    kept.clear(0)
+    assert kept.done(0, range(5)) == 0 and kept.done(12, [2]) == 18
+    kept.clear(12)
     assert not (tmp_path / "state").exists() and kept.done(12, [2]) == 0
 
 

@@ -51,7 +51,7 @@ def test_a_failure_is_a_report_and_not_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("target", "replacement", "message"),
     [
-        ("ticketfind.lanes.masked", lambda start, masks: dict(start), "pruned weights are not zero"),
+        ("ticketfind.lanes.masked", lambda start, masks: dict(start), "does not begin at the rewind point"),
         ("ticketfind.lanes.Lane.states", lambda lane: [lane._model.state_dict()], "the rewind point is not the init"),
         ("ticketfind.ticket.Ticket.weights", lambda ticket: ticket.init, "the ticket file gives another model"),
         ("timm_sweep.SCORES", {"magnitude": SCORES["random"]}, "is pruned, one of"),

@@ -4,6 +4,7 @@ NN-R.safetensors in the folder holds the arms of round NN that are trained in st
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -98,7 +99,7 @@ class Snapshots:
         """Forget what is kept of a round, which is over."""
         with suppress(OSError):
             for file in self._folder.glob(f"{round:02}-*.safetensors"):
-                file.unlink()
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
             self._folder.rmdir()  # but for those of other rounds
 
     def _file(self, arms: Sequence[Arm]) -> Path:
