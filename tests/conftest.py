@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ticketfind import cli, prunable
+from ticketfind import plan as planning
 from ticketfind import search as searching
 from ticketfind.batches import Data, Split
 from ticketfind.layers import from_layers
-from ticketfind.masks import SCORES, ScoreFn
 from ticketfind.recipe import Recipe, Train
 from ticketfind.results import Round
 from ticketfind.rundir import RunDir
+from ticketfind.scores import SCORES, Score
 from ticketfind.ticket import Provenance, Ticket
 from ticketfind.train import Task
 
@@ -155,9 +156,9 @@ def run_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Mock) -> 
     monkeypatch.chdir(tmp_path)
 
     def run(
-        recipe: Recipe, task: Task, path: Path, score: ScoreFn = SCORES["magnitude"], watch: Any = watch
+        recipe: Recipe, task: Task, path: Path, score: Score = SCORES["magnitude"], watch: Any = watch
     ) -> list[Round]:
-        plan = searching.make_plan(recipe, task.model)
+        plan = planning.make_plan(recipe, task.model)
         return searching.search(recipe, task, RunDir(path), plan, score, watch)
 
     return run

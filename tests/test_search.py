@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ticketfind import TicketfindError, contents, results
+from ticketfind import plan as planning
 from ticketfind import search as searching
 from ticketfind.batches import Order
 from ticketfind.devices import EAGER
-from ticketfind.masks import SCORES
 from ticketfind.recipe import Recipe
 from ticketfind.rundir import RunDir
+from ticketfind.scores import SCORES, by_function
 from ticketfind.ticket import load_ticket
 from ticketfind.train import Arm, Task, fit
 
@@ -245,7 +246,8 @@ def test_a_score_that_is_not_finite_ends_the_search(
     make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
 ) -> None:
     with pytest.raises(TicketfindError, match=r"score of fc1\.weight: expected finite numbers"):
-        run_search(make_recipe(), make_task(), tmp_path / "run", lambda t, i: {n: w / 0 for n, w in t.items()})
+        endless = by_function(lambda t, i: {n: w / 0 for n, w in t.items()})
+        run_search(make_recipe(), make_task(), tmp_path / "run", endless)
 
 
 # --------------------------------------------------------------------------------------------- rewinding
@@ -652,7 +654,7 @@ def test_the_plan_is_what_the_search_does(
     make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
 ) -> None:
     task, recipe = make_task("normed"), make_recipe({"prune.rewind": "5it"})
-    plan = searching.make_plan(recipe, task.model)
+    plan = planning.make_plan(recipe, task.model)
     rounds = run_search(recipe, task, tmp_path / "run")
     assert [kept / plan.kept[0] for kept in plan.kept] == [round.remaining for round in rounds]
     assert plan.iterations == [12, 7, 7, 7]
@@ -674,7 +676,7 @@ def test_a_search_that_would_prune_nothing_is_refused(
     settings: dict[str, Any], text: str, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe]
 ) -> None:
     with pytest.raises(TicketfindError, match=text):
-        searching.make_plan(make_recipe(settings), make_task().model)
+        planning.make_plan(make_recipe(settings), make_task().model)
 
 
 def test_memory_counts_the_trainings_that_run_at_once(
@@ -682,7 +684,7 @@ def test_memory_counts_the_trainings_that_run_at_once(
 ) -> None:
     model = make_task().model
     one, four, many = (
-        searching.make_plan(make_recipe({"run.arms_at_once": most, "run.replicates": replicates}), model).memory
+        planning.make_plan(make_recipe({"run.arms_at_once": most, "run.replicates": replicates}), model).memory
         for most, replicates in ((1, 50), (4, 50), (9, 4))
     )
     parameters = sum(p.numel() for p in model.parameters())

@@ -9,8 +9,8 @@ import torch
 
 from ticketfind import assemble, devices, layers, models, nets
 from ticketfind.batches import Data, Split, tensors_of
+from ticketfind.plan import Plan, make_plan
 from ticketfind.recipe import Recipe
-from ticketfind.search import Plan, make_plan
 from ticketfind.train import Task, step_seconds
 
 

@@ -72,13 +72,13 @@ def search(
 
 def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") -> None:
     began = time.monotonic()
-    from ticketfind import assemble, contents, rundir, terminal, views
+    from ticketfind import assemble, contents, plan, rundir, terminal, views
     from ticketfind import search as searching
 
     recipe, task = assemble.assemble(asked)
-    plan, score = searching.make_plan(recipe, task.model), assemble.score_function(recipe)
+    planned, score = plan.make_plan(recipe, task.model), assemble.score_of(recipe)
     if dry_run:
-        return views.show_plan(screen, recipe, plan)
+        return views.show_plan(screen, recipe, planned)
     run = rundir.claim(recipe, out)
     rounds = contents.finished_rounds(run, recipe)
     if run.is_finished and rounds:
@@ -90,7 +90,7 @@ def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") 
         what = views.subject(recipe.model.spec, recipe.data.spec)
         screen.message(f"{run.path}: {doing} {what}, {replicates}, {task.device}")
         with _resumable(run, screen), terminal.SearchWatch(screen, signals.heed) as watch:
-            rounds = searching.search(recipe, task, run, plan, score, watch)
+            rounds = searching.search(recipe, task, run, planned, score, watch)
     views.show_search(screen, run, rounds, time.monotonic() - began)
 
 
@@ -414,8 +414,7 @@ def inspect(
 
 
 def _inspect_model(spec: str, settings: options.Settings, screen: "Screen") -> None:
-    from ticketfind import assemble, layers, prunable, train, views
-    from ticketfind import search as searching
+    from ticketfind import assemble, layers, plan, prunable, train, views
 
     data = settings.get("data.spec")
     base = layers.base_layers(None, spec, data)
@@ -424,16 +423,16 @@ def _inspect_model(spec: str, settings: options.Settings, screen: "Screen") -> N
     only, skip = asked.prune.only, asked.prune.skip
     if data is None:
         found = prunable.candidates(assemble.model_alone(asked), only=only, skip=skip)
-        return views.show_model(screen, spec, found, searching.weights_kept(asked, found)[1])
+        return views.show_model(screen, spec, found, plan.weights_kept(asked, found)[1])
     recipe, task = assemble.assemble(asked)
     found = prunable.candidates(task.model, only=only, skip=skip)
-    kept = searching.weights_kept(recipe, found)[1]
+    kept = plan.weights_kept(recipe, found)[1]
     if len(kept) < 2:
         return views.show_model(screen, spec, found, kept)
     assert task.data is not None
-    plan = searching.make_plan(recipe, task.model)
+    planned = plan.make_plan(recipe, task.model)
     seconds = [] if recipe.train.is_external else train.step_seconds(task, recipe.train)
-    views.show_model(screen, spec, found, kept, views.Outlook(recipe, plan, task.data.resident_bytes, seconds))
+    views.show_model(screen, spec, found, kept, views.Outlook(recipe, planned, task.data.resident_bytes, seconds))
 
 
 # ----------------------------------------------------------------------------------------------- recipes

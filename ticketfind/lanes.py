@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -27,6 +28,19 @@ Loss = Callable[[State, Inputs, Tensor], Tensor]
 """(parameters and buffers, inputs, targets) -> mean loss of a batch, a scalar."""
 Context = Callable[[], AbstractContextManager[object]]
 """What networks are called in: nothing special, or a precision."""
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What a training does beside training, for the mask that is drawn from it."""
+
+    paths: bool = False
+    """Sum up how far each weight goes, from step to step."""
+    tightens: bool = False
+    """Its masks may lose weights on the way."""
+
+
+NO_EXTRA = Extra()
 
 
 def learning_rate(how: Train, iteration: int) -> float:
@@ -97,6 +111,12 @@ class Member(Protocol):
     def everything(self) -> list[Tensor]:
         """Every tensor that a step changes: weights, buffers, and the optimizer's own."""
 
+    def paths(self) -> list[dict[str, Tensor]]:
+        """Of each arm, by trained parameter: the sum of |w_t - w_(t-1)| so far; copies."""
+
+    def tighten(self, masks: Sequence[Masks]) -> None:
+        """Go on under masks that keep less, one for each arm: what is pruned has no moments; paths begin anew."""
+
 
 class Lane:
     """One arm's training under way."""
@@ -114,6 +134,7 @@ class Lane:
         compiled: Loss | None = None,
         context: Context = nullcontext,
         channels_last: bool = False,
+        extra: Extra = NO_EXTRA,
     ) -> None:
         """Put `start` under `masks` into `model`, which the lane owns from here on; fresh optimizer state.
 
@@ -125,8 +146,9 @@ class Lane:
             model.to(memory_format=torch.channels_last)
         put(model, start, masks)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._tensors = {**tensors(model), **named}
-        self._update = _Update([*named.values()], [_pruning(name, masks) for name in named], how, arms=None)
+        self._tensors, self._trained = {**tensors(model), **named}, [*named]
+        pruning = [_pruning(name, masks, whole=extra.tightens) for name in named]
+        self._update = _Update([*named.values()], pruning, how, arms=None, paths=extra.paths)
 
     def step(self, batch: Batch, lr: float | Tensor) -> Tensor:
         inputs, targets = self._laid_out(batch[0]), batch[1]
@@ -150,6 +172,12 @@ class Lane:
     def everything(self) -> list[Tensor]:
         return [*tensors(self._model).values(), *self._update.everything()]
 
+    def paths(self) -> list[dict[str, Tensor]]:
+        return [{name: path.clone() for name, path in zip(self._trained, self._update.paths, strict=True)}]
+
+    def tighten(self, masks: Sequence[Masks]) -> None:
+        self._update.tighten([masks[0].get(name) for name in self._trained])
+
     def _laid_out(self, inputs: Inputs) -> Inputs:
         if self._format is torch.contiguous_format:
             return inputs
@@ -171,6 +199,7 @@ class Stack:
         loss: OutputFn,
         *,
         context: Context = nullcontext,
+        extra: Extra = NO_EXTRA,
     ) -> None:
         """`model` is the stack's own from here on, for its architecture."""
         self._model, self._context, self.arms = model, context, len(starts)
@@ -179,10 +208,10 @@ class Stack:
             put(model, start, masks)
             parts.append({name: t.clone() for name, t in tensors(model).items()})
         self._tensors = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        trained = self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
         leaves = [self._tensors[name].requires_grad_() for name in trained]
-        pruned = [_stacked_pruning(name, [masks for _, masks in starts]) for name in trained]
-        self._update = _Update(leaves, pruned, how, arms=self.arms)
+        pruned = [_stacked_pruning(name, [masks for _, masks in starts], whole=extra.tightens) for name in trained]
+        self._update = _Update(leaves, pruned, how, arms=self.arms, paths=extra.paths)
         self._losses = vmap(functional(model, loss), randomness="different")
 
     def step(self, batch: Batch, lr: float | Tensor) -> Tensor:
@@ -213,6 +242,13 @@ class Stack:
     def everything(self) -> list[Tensor]:
         return [*(t.detach() for t in self._tensors.values()), *self._update.everything()]
 
+    def paths(self) -> list[dict[str, Tensor]]:
+        named = [*zip(self._trained, self._update.paths, strict=True)]
+        return [{name: path[arm].clone() for name, path in named} for arm in range(self.arms)]
+
+    def tighten(self, masks: Sequence[Masks]) -> None:
+        self._update.tighten([_stacked_pruning(name, masks, whole=True) for name in self._trained])
+
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     found = model.state_dict()
@@ -223,15 +259,15 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _pruning(name: str, masks: Masks) -> Tensor | None:
-    """A parameter's mask; None where it prunes nothing."""
+def _pruning(name: str, masks: Masks, *, whole: bool = False) -> Tensor | None:
+    """A parameter's mask; None where it has none, or prunes nothing (but with `whole`)."""
     mask = masks.get(name)
-    return None if mask is None or bool(mask.all()) else mask
+    return None if mask is None or (bool(mask.all()) and not whole) else mask
 
 
-def _stacked_pruning(name: str, masks: Sequence[Masks]) -> Tensor | None:
+def _stacked_pruning(name: str, masks: Sequence[Masks], *, whole: bool = False) -> Tensor | None:
     """The same of several arms, stacked."""
-    found = [_pruning(name, each) for each in masks]
+    found = [_pruning(name, each, whole=whole) for each in masks]
     some = next((mask for mask in found if mask is not None), None)
     return None if some is None else torch.stack([torch.ones_like(some) if m is None else m for m in found])
 
@@ -243,9 +279,10 @@ class _Update:
     """From a loss to changed weights: gradients, clipping, optimizer, masks."""
 
     def __init__(
-        self, leaves: Sequence[Tensor], pruning: Sequence[Tensor | None], how: Train, arms: int | None
+        self, leaves: Sequence[Tensor], pruning: Sequence[Tensor | None], how: Train, arms: int | None, paths: bool
     ) -> None:
-        """pruning: which of a leaf's weights are kept; None for all. arms: of leaves that are stacked."""
+        """pruning: which of a leaf's weights are kept; None for all. arms: of leaves that are stacked. paths: whether
+        to sum up how far weights go."""
         self._leaves, self._how, self._arms = leaves, how, arms
         self._weights = [leaf.detach() for leaf in leaves]
         self._keep = [
@@ -255,6 +292,8 @@ class _Update:
         self._optimizer = _Optimizer(self._weights, self._keep, how)
         left = [] if self._optimizer.holds_pruned else [i for i, keep in enumerate(self._keep) if keep is not None]
         self._to_mask = [self._weights[i] for i in left], [self._keep[i] for i in left]
+        self._last = [weight.clone() for weight in self._weights] if paths else []
+        self.paths = [torch.zeros_like(weight) for weight in self._weights] if paths else []
 
     def __call__(self, loss: Tensor, lr: float | Tensor) -> None:
         grads = self._own(torch.autograd.grad(loss, self._leaves, allow_unused=True))
@@ -263,10 +302,27 @@ class _Update:
         self._optimizer.step(grads, lr)
         if self._to_mask[0]:
             torch._foreach_mul_(*self._to_mask)  # type: ignore[arg-type]
+        if self.paths:
+            moved = torch._foreach_sub(self._weights, self._last)
+            torch._foreach_abs_(moved)
+            torch._foreach_add_(self.paths, moved)
+            torch._foreach_copy_(self._last, self._weights)
+
+    @torch.no_grad()
+    def tighten(self, pruning: Sequence[Tensor | None]) -> None:
+        """Go on with fewer weights; paths begin anew. Only what was given a mask at the start may be given one."""
+        for weight, keep, kept in zip(self._weights, self._keep, pruning, strict=True):
+            if keep is not None and kept is not None:
+                keep.copy_(kept)
+                weight.mul_(keep)
+        self._optimizer.forget(self._keep)
+        if self.paths:
+            torch._foreach_zero_(self.paths)
+            torch._foreach_copy_(self._last, self._weights)
 
     def everything(self) -> list[Tensor]:
-        """The optimizer's tensors; its weights are the network's."""
-        return self._optimizer.everything()
+        """What a step changes beside the weights: the optimizer's tensors, paths."""
+        return [*self._optimizer.everything(), *self.paths, *self._last]
 
     def _own(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients in their weights' memory layout, as ``backward`` leaves them: the fused updates rely on it."""
@@ -304,10 +360,14 @@ class _Optimizer:
         self._steps = [*self._count]
         dtypes = dict.fromkeys(p.dtype for p in parameters)
         self._groups = [[i for i, p in enumerate(parameters) if p.dtype == dtype] for dtype in dtypes]
-        if self.holds_pruned:
-            for second, kept in zip(self._second, keep, strict=True):
+        self.forget(keep)
+
+    def forget(self, keep: Sequence[Tensor | None]) -> None:
+        """What is pruned has no moments, or those that keep it at zero."""
+        for moments, value in ((self._first, 0.0), (self._second, math.inf if self.holds_pruned else 0.0)):
+            for moment, kept in zip(moments, keep, strict=False):
                 if kept is not None:
-                    second.masked_fill_(kept == 0, math.inf)
+                    moment.masked_fill_(kept == 0, value)
 
     def everything(self) -> list[Tensor]:
         """Moments and counts of steps."""

@@ -3,7 +3,7 @@
 A mask is a bool tensor of its parameter's shape, True = kept.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -16,8 +16,6 @@ from ticketfind.selection import keep_highest
 Masks = dict[str, Tensor]
 """Parameter name -> bool tensor of its shape, True = kept."""
 Weights = Mapping[str, Tensor]
-ScoreFn = Callable[[Weights, Weights], Weights]
-"""(trained, initial) -> scores, dicts of tensors of equal shapes; the highest scores are kept."""
 
 
 # ---------------------------------------------------------------------------------------------- groups
@@ -70,82 +68,36 @@ def plan(sizes: Mapping[str, int], groups: Sequence[Group], rounds: int | None, 
     return kept
 
 
-# ---------------------------------------------------------------------------------------------- scores
-
-
-def _magnitude(trained: Weights, initial: Weights) -> Weights:
-    """|w_final|, the paper's criterion (arXiv 1803.03635, section 2)."""
-    return {name: w.abs() for name, w in trained.items()}
-
-
-def _random(trained: Weights, initial: Weights) -> Weights:
-    return {name: torch.rand_like(w) for name, w in trained.items()}
-
-
-def _movement(trained: Weights, initial: Weights) -> Weights:
-    """|w_final - w_initial|: prunes what has changed least (arXiv 1905.01067, figure 3)."""
-    return {name: (w - initial[name]).abs() for name, w in trained.items()}
-
-
-def _magnitude_increase(trained: Weights, initial: Weights) -> Weights:
-    """|w_final| - |w_initial| (arXiv 1905.01067, figure 3)."""
-    return {name: w.abs() - initial[name].abs() for name, w in trained.items()}
-
-
-def _large_init(trained: Weights, initial: Weights) -> Weights:
-    """|w_initial| (arXiv 1905.01067, figure 3)."""
-    return {name: initial[name].abs() for name in trained}
-
-
-SCORES: dict[str, ScoreFn] = {
-    "magnitude": _magnitude,
-    "random": _random,
-    "movement": _movement,
-    "magnitude_increase": _magnitude_increase,
-    "large_init": _large_init,
-}
-
-
-def score(function: ScoreFn, trained: Weights, initial: Weights, *, seed: int) -> dict[str, Tensor]:
-    """The scores of `function`, checked; what it draws from torch's generators follows from `seed`.
-
-    Raises TicketfindError where a score is missing, wrongly shaped or not finite.
-    """
-    devices = {w.device.index or 0 for w in trained.values() if w.device.type == "cuda"}
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
-        try:
-            scores = function(trained, initial)
-        except Exception as error:
-            raise TicketfindError(f"score: the function failed: {type(error).__name__}: {error}") from error
-    if not isinstance(scores, Mapping):
-        raise TicketfindError(f"score: expected a dict of tensors by parameter, found {type(scores).__name__}")
-    for name, w in trained.items():
-        found = scores.get(name)
-        if not isinstance(found, Tensor) or found.shape != w.shape:
-            shape = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise TicketfindError(f"score of {name}: expected a tensor of shape {tuple(w.shape)}, found {shape}")
-        if not bool(found.sum().isfinite()) and not bool(torch.isfinite(found).all()):  # a sum may overflow
-            raise TicketfindError(f"score of {name}: expected finite numbers, found NaN or infinity")
-    return {name: s.to(torch.uint8) if s.dtype == torch.bool else s for name, s in scores.items()}  # for kthvalue
-
-
 # --------------------------------------------------------------------------------------------- pruning
 
 
-def prune(masks: Masks, scores: Weights, groups: Sequence[Group]) -> Masks:
+def prune(masks: Masks, scores: Weights, groups: Sequence[Group], counts: Sequence[int] | None = None) -> Masks:
     """New masks with exactly ``n - round(n * p)`` of each group's n remaining weights, the highest scores.
 
-    Ties go to the weight that comes first (tensors in the group's order, weights in row-major order), so that a
-    mask is a function of the scores alone. Masks only ever lose weights. Shapes: as the parameters'.
+    counts: how many to keep of each group instead. Ties go to the weight that comes first (tensors in the group's
+    order, weights in row-major order), so that a mask is a function of the scores alone. Masks only ever lose weights.
+    Shapes: as the parameters'.
     """
     new = dict(masks)
-    for group in groups:
-        among = [masks[name] for name in group.names]
-        left = sum(int(mask.sum()) for mask in among)
-        kept = keep_highest([scores[name] for name in group.names], among, kept_after(left, group.fraction))
+    for group, count in zip(groups, counts or targets(masks, groups), strict=True):
+        kept = keep_highest([scores[name] for name in group.names], [masks[name] for name in group.names], count)
         new.update(zip(group.names, kept, strict=True))
     return new
+
+
+def targets(masks: Masks, groups: Sequence[Group]) -> list[int]:
+    """How many weights of each group the next round keeps."""
+    return [kept_after(kept_in(masks, group), group.fraction) for group in groups]
+
+
+def kept_in(masks: Masks, group: Group) -> int:
+    """Weights kept in a group."""
+    return sum(int(masks[name].sum()) for name in group.names)
+
+
+def on_the_way(start: Sequence[int], end: Sequence[int], share: float) -> list[int]:
+    """Counts from `start` to `end`, group by group, after a share (0 to 1) of the way: n * (k / n) ** share."""
+    return [round(n * (k / n) ** share) if 0 < share < 1 and n else k for n, k in zip(start, end, strict=True)]
 
 
 def dense(shapes: Mapping[str, Sequence[int]]) -> Masks:
@@ -170,8 +122,7 @@ def magnitude_like(masks: Masks, weights: Weights, groups: Sequence[Group]) -> M
     drawn = dict(masks)
     for group in groups:
         scores = [weights[name].abs() for name in group.names]
-        left = sum(int(masks[name].sum()) for name in group.names)
-        kept = keep_highest(scores, [torch.ones_like(masks[name]) for name in group.names], left)
+        kept = keep_highest(scores, [torch.ones_like(masks[name]) for name in group.names], kept_in(masks, group))
         drawn.update(zip(group.names, kept, strict=True))
     return drawn
 
@@ -252,6 +203,16 @@ def compare(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Overl
         expected = kept_a * kept_b / x.numel() if x.numel() else 0.0
         overlaps[name] = Overlap(x.numel(), kept_a, kept_b, int((x & y).sum()), expected)
     return overlaps
+
+
+def agreement_within(a: Masks, b: Masks, outer: Masks) -> float:
+    """Cohen's kappa of two masks over the weights that `outer`, which both are nested in, keeps: 0 by chance."""
+    return total(
+        Overlap(size, kept_a, kept_b, int((a[name] & b[name]).sum()), kept_a * kept_b / size)
+        for name, mask in outer.items()
+        if (size := int(mask.sum()))
+        for kept_a, kept_b in [(int(a[name].sum()), int(b[name].sum()))]
+    ).agreement
 
 
 def total(overlaps: Iterable[Overlap]) -> Overlap:

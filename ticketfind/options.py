@@ -90,7 +90,24 @@ Rounds = Annotated[Whole, _option("--rounds", "Prunings.")]
 Until = Annotated[Text, _option("--until", "Stop once this share of the weights is left (0.05 or 5%).")]
 Rewind = Annotated[Text, _option("--rewind", "Where survivors go back to: 0it, 500it, 2ep, 2% or lr.")]
 Scope = Annotated[Text, _option("--scope", "layer or global.")]
-Score = Annotated[Text, _option("--score", "magnitude, random, movement, magnitude_increase, large_init or module:fn.")]
+Score = Annotated[
+    Text,
+    _option(
+        "--score",
+        "What is kept: magnitude, movement, path_length, snip, grasp, synflow, others of docs/guide.md, or module:fn.",
+    ),
+]
+PruneEvery = Annotated[
+    Text, _option("--prune-every", "Prune on the way, each time after so many iterations (100it, 2ep, 5%).")
+]
+MaskStop = Annotated[
+    Real,
+    _option("--mask-stop", "End a round once the mask that it would draw agrees so much with the last evaluation's."),
+]
+UntilFails = Annotated[
+    bool | None,
+    _option("--until-fails", "Look for the sparsest matching round, and measure no sparser ones than it takes."),
+]
 Only = Annotated[Texts, _option("--prune-only", "Prune these parameters and no others; repeatable.", metavar="GLOB")]
 Skip = Annotated[Texts, _option("--skip", "Leave these parameters alone; repeatable.", metavar="GLOB")]
 
@@ -232,6 +249,9 @@ RECIPE_OPTIONS: dict[str, tuple[Any, str]] = {
     "rewind": (Rewind, "prune.rewind"),
     "scope": (Scope, "prune.scope"),
     "score": (Score, "prune.score"),
+    "prune_every": (PruneEvery, "prune.every"),
+    "mask_stop": (MaskStop, "prune.mask_stop"),
+    "until_fails": (UntilFails, "prune.until_fails"),
     "prune_only": (Only, "prune.only"),
     "skip": (Skip, "prune.skip"),
     "iterations": (Iterations, "train.iterations"),

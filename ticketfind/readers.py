@@ -163,6 +163,7 @@ def or_null(read: Reader) -> Reader:
 open_fraction = number(
     0, 1, "a fraction between 0 and 1 (0.2 prunes a fifth of what is left)", open_low=True, open_high=True
 )
+share = number(0, 1, "a number above 0, up to 1", open_low=True)
 below_one = number(0, 1, "a fraction from 0 up to, but not including, 1", open_high=True)
 positive = number(0, math.inf, "a number above 0", open_low=True)
 not_negative = number(0, math.inf, "a number of at least 0")

@@ -50,6 +50,11 @@ class RunDir:
         return self.path / "log.jsonl"
 
     @property
+    def drawn_file(self) -> Path:
+        """One line per finished training that was there for the next mask alone."""
+        return self.path / "drawn.jsonl"
+
+    @property
     def lock_file(self) -> Path:
         """Held by the search that writes here."""
         return self.path / ".lock"
@@ -131,33 +136,21 @@ class RunDir:
 
     def log(self) -> list[dict[str, Any]]:
         """The finished (round, replicate) trainings; a torn last line counts as not written."""
-        file = self.log_file
-        if not file.is_file():
-            return []
-        entries = []
-        for number, line in enumerate(_lines(file), 1):
-            try:
-                entry = read_json(line)
-            except ValueError:
-                entry = None
-            if isinstance(entry, dict) and type(entry.get("round")) is int and type(entry.get("replicate")) is int:
-                entries.append(entry)
-            else:
-                found = line[:60].decode(errors="replace").strip()
-                raise TicketfindError(
-                    f"{file}, line {number}: expected a JSON object of a finished training, found {found!r}"
-                )
-        return entries
+        return _entries(self.log_file)
 
-    def append(self, entry: Mapping[str, Any]) -> None:
-        """Add one finished training to the log, on disk when this returns."""
-        file = self.log_file
+    def drawn(self) -> list[dict[str, Any]]:
+        """Those that were there for the next mask alone, with their `iterations`."""
+        return _entries(self.drawn_file)
+
+    def append(self, entry: Mapping[str, Any], log: Path | None = None) -> None:
+        """Add one finished training to a log (`log_file` unless given), on disk when this returns."""
+        file = log or self.log_file
         _drop_torn_line(file)
         try:
-            with file.open("a", encoding="utf-8") as log:
-                log.write(json.dumps(entry, allow_nan=False) + "\n")
-                log.flush()
-                os.fsync(log.fileno())
+            with file.open("a", encoding="utf-8") as opened:
+                opened.write(json.dumps(entry, allow_nan=False) + "\n")
+                opened.flush()
+                os.fsync(opened.fileno())
         except OSError as error:
             raise TicketfindError(f"{file}: cannot write: {error.strerror}") from error
 
@@ -175,6 +168,26 @@ class RunDir:
         if not self.recipe_file.is_file():
             raise TicketfindError(f"{self.path}: expected a run directory, found no recipe.yaml in it")
         return from_layers(read_layer(self.recipe_file), where=str(self.recipe_file))
+
+
+def _entries(file: Path) -> list[dict[str, Any]]:
+    """The entries of a log of trainings; a torn last line counts as not written."""
+    if not file.is_file():
+        return []
+    entries = []
+    for number, line in enumerate(_lines(file), 1):
+        try:
+            entry = read_json(line)
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict) and type(entry.get("round")) is int and type(entry.get("replicate")) is int:
+            entries.append(entry)
+        else:
+            found = line[:60].decode(errors="replace").strip()
+            raise TicketfindError(
+                f"{file}, line {number}: expected a JSON object of a finished training, found {found!r}"
+            )
+    return entries
 
 
 def _lines(file: Path) -> Iterator[bytes]:
@@ -258,7 +271,8 @@ def sole_writer(run: RunDir) -> Iterator[None]:
             pass  # a file system without locks
         for folder in (run.path, *map(run.path.joinpath, _FOLDERS)):
             files.sweep(folder)
-        _drop_torn_line(run.log_file)
+        for log in (run.log_file, run.drawn_file):
+            _drop_torn_line(log)
         yield
 
 
@@ -284,7 +298,7 @@ def forget_unstarted(run: RunDir) -> None:
     """Remove what the search wrote, if there is nothing in it to go on from: one that fails at once leaves nothing."""
     if any("failed" not in line for line in run.log()) or run.state_folder.exists():
         return
-    for file in (run.recipe_file, run.log_file, run.lock_file):
+    for file in (run.recipe_file, run.log_file, run.drawn_file, run.lock_file):
         file.unlink(missing_ok=True)
     for folder in (*map(run.path.joinpath, _FOLDERS), run.arms_folder):
         shutil.rmtree(folder, ignore_errors=True)

@@ -20,6 +20,7 @@ from ticketfind.devices import EAGER, Way
 from ticketfind.digests import digest
 from ticketfind.engine import Lockstep
 from ticketfind.forks import Tick
+from ticketfind.lanes import Extra
 from ticketfind.masks import Masks
 from ticketfind.outputs import OutputFn, accuracy, cross_entropy
 from ticketfind.prunable import aliases
@@ -88,6 +89,30 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Look:
+    """A training on its way."""
+
+    at: int
+    """Iterations done."""
+    state: State
+    """Weights and buffers, on the device."""
+    path: State | None
+    """By trained parameter the sum of |w_t - w_(t-1)| so far, where that is gathered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """What happens on the way in a training that is there for the mask that comes of it."""
+
+    every: int
+    """Iterations between two looks."""
+    enough: "Callable[[Arm, Look], bool] | None" = None
+    """Whether it may end; arms in step end together."""
+    tighter: "Callable[[Arm, Look], Masks] | None" = None
+    """The masks that it goes on with; paths begin anew."""
+
+
+@dataclass(frozen=True)
 class Outcome:
     """A finished training."""
 
@@ -101,6 +126,10 @@ class Outcome:
     measured: Measured
     test_size: int | None
     """Examples in the test set, where they are known."""
+    path: State | None = None
+    """By trained parameter the sum of |w_t - w_(t-1)|, where that was asked for."""
+    masks: Masks | None = None
+    """Those that it has gone on with on the way, on the CPU; None where they have stayed."""
 
 
 def measured(points: Sequence[Point]) -> Measured:
@@ -141,6 +170,14 @@ class Work:
     snapshots: Snapshots | None = None
     until: int | None = None
     """Iteration after which it ends, though its schedule is that of a whole training; None for the whole."""
+    paths: bool = False
+    """Whether the outcome tells how far each weight has gone."""
+    watched: Watched | None = None
+
+    @property
+    def extra(self) -> Extra:
+        """What the engine does beside training."""
+        return Extra(self.paths, tightens=self.watched is not None and self.watched.tighter is not None)
 
 
 Trainer = Callable[[Task, Arm, Work], "Outcome | Failed"]
@@ -159,6 +196,8 @@ def fit(
     note: Note = lambda text: None,
     folder: Path | None = None,
     snapshots: Snapshots | None = None,
+    paths: bool = False,
+    watched: Watched | None = None,
 ) -> Generator[tuple[Arm, Outcome | Failed], None, None]:
     """Train every arm to ``how.iterations``; each with its outcome, in order, as it is finished.
 
@@ -166,13 +205,14 @@ def fit(
     weights are kept in the outcome. until: iteration to end after; what is trained is the beginning of the whole. tick:
     told of the iterations done; may raise, to end it all. note: told what the user should know. folder: for the files
     of an outside program that trains. snapshots: trainings go on from them, and are kept in them, at the latest when
-    `tick` raises.
+    `tick` raises. paths: outcomes tell how far each weight has gone. watched: for the masks that are drawn; such
+    trainings are measured at their end only, and are not kept in snapshots.
     Raises TicketfindError, naming the arm, where the training fails; numbers that are no longer finite end one arm.
     """
     together = [*_together(arms, way.in_step)]
 
     def train(index: int, tick: Tick) -> list[Outcome | Failed]:
-        work = Work(how, keep_at, tick, folder, snapshots, until)
+        work = Work(how, keep_at, tick, folder, None if watched else snapshots, until, paths, watched)
         with _faults_of(together[index], task, how, min(way.at_once, len(arms))):
             if task.trainer is not None:
                 return [task.trainer(task, arm, work) for arm in together[index]]
@@ -233,9 +273,10 @@ PAUSE = 0.2
 
 def _train(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) -> list[Outcome | Failed]:
     """Train arms that begin at the same iteration."""
-    how, keep_at, first = work.how, work.keep_at, arms[0].first
+    how, keep_at, first, watched = work.how, work.keep_at, arms[0].first, work.watched
     last, every = int(how.iterations) if work.until is None else work.until, int(how.eval_every)
-    measured_at = {stop for stop in (*range(every, last, every), last) if stop > first}
+    looked_at = set() if watched is None else {*range(first + watched.every, last + 1, watched.every)}
+    measured_at = {stop for stop in (*(() if watched else range(every, last, every)), last) if stop > first}
     kept_at = {keep_at} if keep_at is not None and keep_at >= first else set()
     with _own_draws(task), devices.arithmetic(way, task.device, task.model):
         training, course = _begun(task, arms, work, way, note)
@@ -253,8 +294,8 @@ def _train(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) ->
             if work.snapshots is not None:
                 work.snapshots.offer(arms, take)
 
-        count = 1
-        for stop in sorted(measured_at | kept_at):
+        count, tightened = 1, list[Masks]()
+        for stop in sorted(measured_at | kept_at | looked_at):
             while course.at < stop and not course.is_over:
                 count = min(count, stop - course.at)
                 began = time.monotonic()
@@ -264,13 +305,30 @@ def _train(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) ->
                 count = max(1, min(4 * count, int(count * PAUSE / seconds)))
             if stop in kept_at and not course.kept:
                 course.kept = training.states()
+            if watched is not None and stop in looked_at and not course.is_over:
+                looks = _looks(training, stop, paths=work.paths)
+                if watched.tighter is not None:
+                    tightened = [watched.tighter(arm, look) for arm, look in zip(arms, looks, strict=True)]
+                    training.tighten(tightened)
+                if watched.enough is not None and all(map(watched.enough, arms, looks)):
+                    last = stop
+                    measured_at.add(stop)
             if stop in measured_at and not course.is_over and not course.is_measured(stop):
                 course.drawn = Drawn.so_far(task.device)
                 _measure(training, task, how, course, pause)
                 course.drawn = None
+            if stop == last:
+                break
         if work.snapshots is not None:
             work.snapshots.settle()
-        return _outcomes(training, task, course, how)
+        return _outcomes(training, task, course, how, paths=work.paths, tightened=tightened)
+
+
+def _looks(training: Lockstep, at: int, *, paths: bool) -> list[Look]:
+    """Of each arm."""
+    states = training.states()
+    gone: Sequence[State | None] = training.paths() if paths else [None] * len(states)
+    return [Look(at, state, path) for state, path in zip(states, gone, strict=True)]
 
 
 def _begun(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) -> tuple[Lockstep, Course]:
@@ -291,6 +349,7 @@ def _begun(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) ->
             seed=derived_seed(arms[0].seed, "draws"),
             first=at,
             note=note,
+            extra=work.extra,
         )
 
     def digests(training: Lockstep) -> list[str]:
@@ -359,9 +418,18 @@ def _measure(training: Lockstep, task: Task, how: Train, course: Course, between
         course.losses[arm] = []
 
 
-def _outcomes(training: Lockstep, task: Task, course: Course, how: Train) -> list[Outcome | Failed]:
+def _outcomes(
+    training: Lockstep,
+    task: Task,
+    course: Course,
+    how: Train,
+    *,
+    paths: bool = False,
+    tightened: Sequence[Masks] = (),
+) -> list[Outcome | Failed]:
     """What has come of each arm, at its end."""
     found: list[Outcome | Failed] = []
+    gone = training.paths() if paths else []
     trained = {name for name, _ in task.model.named_parameters()}
     for arm, final in enumerate(training.states()):
         bad = next((name for name in trained & final.keys() if not bool(torch.isfinite(final[name]).all())), None)
@@ -370,7 +438,16 @@ def _outcomes(training: Lockstep, task: Task, course: Course, how: Train) -> lis
         kept, points = course.kept[arm] if course.kept else None, course.points[arm]
         found.append(
             course.failed[arm]
-            or Outcome(course.began[arm], tuple(points), final, kept, measured(points), _test_size(task))
+            or Outcome(
+                course.began[arm],
+                tuple(points),
+                final,
+                kept,
+                measured(points),
+                _test_size(task),
+                gone[arm] if paths else None,
+                {name: mask.cpu() for name, mask in tightened[arm].items()} if tightened else None,
+            )
         )
     return found
 

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from ticketfind.bench import Timing
     from ticketfind.experiments import Difference, Evaluation
     from ticketfind.masks import Overlap
+    from ticketfind.plan import Plan
     from ticketfind.prunable import Candidate
     from ticketfind.recipe import Recipe
     from ticketfind.report import Written
     from ticketfind.rundir import RunDir
-    from ticketfind.search import Plan
     from ticketfind.ticket import Ticket
     from ticketfind.verdict import Comparison
     from ticketfind.verify import Check

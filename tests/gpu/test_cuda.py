@@ -27,11 +27,11 @@ from ticketfind.devices import EAGER, Way
 from ticketfind.engine import Lockstep, Replayed
 from ticketfind.examples import source_of
 from ticketfind.experiments import evaluate
-from ticketfind.masks import SCORES
 from ticketfind.nets import NETS
 from ticketfind.outputs import cross_entropy
 from ticketfind.recipe import Recipe, Train
 from ticketfind.rundir import RunDir
+from ticketfind.scores import SCORES
 from ticketfind.selection import keep_highest
 from ticketfind.streams import Stream
 from ticketfind.ticket import Ticket, load_ticket
