@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ticketfind import cli, prunable
 from ticketfind import plan as planning
 from ticketfind import search as searching
+from ticketfind.arms import Task
 from ticketfind.batches import Data, Split
 from ticketfind.layers import from_layers
 from ticketfind.recipe import Recipe, Train
@@ -24,7 +25,6 @@ from ticketfind.results import Round
 from ticketfind.rundir import RunDir
 from ticketfind.scores import SCORES, Score
 from ticketfind.ticket import Provenance, Ticket
-from ticketfind.train import Task
 
 
 class Mlp(nn.Module):

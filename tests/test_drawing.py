@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ticketfind import TicketfindError, contents, masks, verify
+from ticketfind.arms import Arm, Look, Outcome, Task, Watched
 from ticketfind.batches import Order
 from ticketfind.devices import Way
 from ticketfind.drawing import Drawing, Settled
@@ -21,7 +22,7 @@ from ticketfind.masks import Group
 from ticketfind.recipe import Recipe, RecipeError, Train
 from ticketfind.rundir import RunDir
 from ticketfind.scores import SCORES, Seen
-from ticketfind.train import Arm, Look, Outcome, Task, Watched, fit
+from ticketfind.train import fit
 
 SHAPES = {"fc1.weight": (16, 12), "fc2.weight": (12, 16), "fc3.weight": (4, 12)}
 Search = Callable[..., Any]
@@ -225,8 +226,8 @@ def planted(accuracies: dict[int, float]) -> Any:
     """A trainer of the user's own whose accuracy depends on the round alone."""
 
     def train(task: Task, arm: Arm, work: Any) -> Outcome:
+        from ticketfind.arms import measured
         from ticketfind.course import Point
-        from ticketfind.train import measured
 
         work.tick(12 - arm.first)
         points = (Point(12, None, 1.0, accuracies[arm.round], accuracies[arm.round]),)

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ticketfind import TicketfindError, contents, forks, masks, prunable
+from ticketfind.arms import Task
 from ticketfind.connection import is_disconnected
 from ticketfind.recipe import Recipe
 from ticketfind.results import Round
 from ticketfind.rundir import RunDir
-from ticketfind.train import Task
 
 MakeTask = Callable[..., Task]
 MakeRecipe = Callable[..., Recipe]

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ticketfind import TicketfindError, charts, figures, movement, report, results
+from ticketfind.arms import Task
 from ticketfind.recipe import Recipe
 from ticketfind.results import Round
 from ticketfind.rundir import RunDir
-from ticketfind.train import Task
 
 SVG = "{http://www.w3.org/2000/svg}"
 

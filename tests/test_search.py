@@ -20,13 +20,14 @@ from torch.nn import functional as F
 from ticketfind import TicketfindError, contents, results
 from ticketfind import plan as planning
 from ticketfind import search as searching
+from ticketfind.arms import Arm, Task
 from ticketfind.batches import Order
 from ticketfind.devices import EAGER
 from ticketfind.recipe import Recipe
 from ticketfind.rundir import RunDir
 from ticketfind.scores import SCORES, by_function
 from ticketfind.ticket import load_ticket
-from ticketfind.train import Arm, Task, fit
+from ticketfind.train import fit
 
 SHAPES = {"fc1.weight": (16, 12), "fc2.weight": (12, 16), "fc3.weight": (4, 12)}
 SIZES = {"fc1.weight": 192, "fc2.weight": 192, "fc3.weight": 48}

@@ -20,8 +20,8 @@ from torch.nn.utils import prune
 
 import ticketfind
 from ticketfind import TicketfindError
+from ticketfind.arms import Task
 from ticketfind.ticket import Ticket, load_ticket, pack_bits, unpack_bits, write_as
-from ticketfind.train import Task
 
 FORMS = ["ticket", "compact", "dense", "torch-prune"]
 

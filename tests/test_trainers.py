@@ -20,11 +20,11 @@ from torch.nn import functional as F
 
 import ticketfind
 from ticketfind import TicketfindError, cli, commands, supervise, trainers
+from ticketfind.arms import Arm, Outcome, Task, Trainer, Work
 from ticketfind.batches import Order
 from ticketfind.recipe import Recipe, Train
 from ticketfind.results import Round
 from ticketfind.signals import Stopped
-from ticketfind.train import Arm, Outcome, Task, Trainer, Work
 
 posix = pytest.mark.skipif(os.name != "posix", reason="commands need Linux or macOS")
 

@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ticketfind import TicketfindError, forks, models, outputs, plan, prunable, search
+from ticketfind.arms import Arm, Outcome, Task, Work
 from ticketfind.batches import Data, Split
 from ticketfind.devices import EAGER
 from ticketfind.layers import from_layers
@@ -40,7 +41,7 @@ from ticketfind.results import Round
 from ticketfind.rundir import RunDir
 from ticketfind.scores import SCORES
 from ticketfind.ticket import load_ticket, write_as
-from ticketfind.train import Arm, Outcome, Task, Work, fit
+from ticketfind.train import fit
 
 SIZES = (32, 56, 64, 96, 112, 120, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)
 """Sides of the square images that are tried, in this order."""

@@ -25,12 +25,12 @@ from ticketfind import (
     scores,
     trainers,
 )
+from ticketfind.arms import Task, Trainer
 from ticketfind.batches import Data
 from ticketfind.examples import TARGET_KEYS
 from ticketfind.outputs import OutputFn, accuracy, call, cross_entropy, find_class_axis, own_loss, predictions
 from ticketfind.recipe import Recipe, RecipeError, Run
 from ticketfind.specs import is_code, load_object, one_line
-from ticketfind.train import Task, Trainer
 
 
 @devices.no_denormals()  # for the threads that are started in it

@@ -1,4 +1,4 @@
-"""Any program trains one arm: files in, files out. A `train.Trainer`, as a function of the user's is (`trainers`)."""
+"""Any program trains one arm: files in, files out. A `arms.Trainer`, as a function of the user's is (`trainers`)."""
 
 import json
 import os
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ticketfind import TicketfindError, checkpoint, masks, prunable
+from ticketfind.arms import Arm, Outcome, State, Task, Trainer, Work
 from ticketfind.specs import one_line
 from ticketfind.tensorfile import save_tensors
-from ticketfind.train import Arm, Outcome, State, Task, Trainer, Work
 from ticketfind.trainers import checked_outcome, fitting
 
 try:

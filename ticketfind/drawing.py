@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ticketfind import TicketfindError, masks, scores
+from ticketfind.arms import Arm, Look, Note, Outcome, State, Task, Watched
 from ticketfind.batches import Order, derived_seed, map_inputs, tensors_of
 from ticketfind.course import Failed
 from ticketfind.devices import Way
@@ -24,7 +25,7 @@ from ticketfind.outputs import predictions
 from ticketfind.readers import Duration
 from ticketfind.recipe import Prune, Train
 from ticketfind.scores import Score, Seen
-from ticketfind.train import Arm, Look, Note, Outcome, State, Task, Watched, fit
+from ticketfind.train import fit
 
 EXAMPLES = 1000
 """Training examples, at the least, that a score before training looks at; in the training's own batches."""

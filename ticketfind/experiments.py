@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ticketfind import TicketfindError, masks, results, student
+from ticketfind.arms import Arm, Outcome, State, Task
 from ticketfind.batches import derived_seed
 from ticketfind.course import Failed
 from ticketfind.devices import EAGER, Way
@@ -16,7 +17,7 @@ from ticketfind.forks import Tick
 from ticketfind.recipe import Run, Train
 from ticketfind.results import Measured, Stats
 from ticketfind.ticket import Ticket
-from ticketfind.train import Arm, Outcome, State, Task, check_memory, fit, judge
+from ticketfind.train import check_memory, fit, judge
 from ticketfind.verdict import CONTROLS, Verdict, verdict
 
 EXTRAS = ("one-shot", "init-magnitude")

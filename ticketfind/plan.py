@@ -31,6 +31,8 @@ class Plan:
     """Rounds with a training of its own for the next mask, beside the one that is measured: with `prune.mask_stop` all
     but the first and the last, with `prune.every` that too. It has at most the round's iterations."""
 
+    may_end_early: bool
+    """Whether trainings, or rounds, may turn out not to be needed."""
     memory: int
     """Bytes of weights, gradients, optimizer state and masks of the trainings that run at once."""
     disk: int
@@ -84,6 +86,7 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
             iterations[1], measured = 0, 1
     apart = settings.mask_stop is not None or settings.every is not None
     drawn = range(0 if settings.every is not None else 1, len(kept) - 1) if apart else range(0)
+    early = settings.mask_stop is not None or settings.until_fails
     parameters, replicates = sum(math.prod(c.shape) for c in candidates), recipe.run.replicates
     at_once = min(recipe.run.arms_at_once or 1, replicates)
     optimizer_slots = 2 if recipe.train.optimizer != "sgd" else int(recipe.train.momentum > 0)
@@ -92,4 +95,4 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
     disk = 4 * parameters * (starts + replicates + 1) + kept[0] * (replicates * (len(kept) - 1) + 1)
     if recipe.train.command is not None:  # what it writes is kept, see commands.by_command
         disk += 4 * parameters * replicates * (measured + (rewind > 0))
-    return Plan(candidates, groups, kept, rewind, moves, iterations, measured, drawn, memory, disk)
+    return Plan(candidates, groups, kept, rewind, moves, iterations, measured, drawn, early, memory, disk)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ticketfind import TicketfindError, contents, invariants, masks, prunable, results, rundir
+from ticketfind.arms import Arm, Outcome, State, Task
 from ticketfind.connection import is_disconnected
 from ticketfind.course import Failed, Point
 from ticketfind.devices import Way
@@ -20,7 +21,7 @@ from ticketfind.rundir import RunDir
 from ticketfind.scores import Score
 from ticketfind.snapshots import Snapshots
 from ticketfind.tensorfile import read_tensors, save_tensors
-from ticketfind.train import Arm, Outcome, State, Task, check_memory, fit, judge
+from ticketfind.train import check_memory, fit, judge
 
 
 class Watch(Protocol):

@@ -13,9 +13,9 @@ from threading import Thread
 from typing import Any
 
 from ticketfind import TicketfindError, limits
+from ticketfind.arms import Arm
 from ticketfind.course import Snapshot
 from ticketfind.tensorfile import read_metadata, read_tensors, save_tensors
-from ticketfind.train import Arm
 
 SHARE = 0.01
 """Of the time, which snapshots take at most."""

@@ -32,11 +32,12 @@ if TYPE_CHECKING:
 
 def show_plan(screen: Screen, recipe: "Recipe", plan: "Plan") -> None:
     """`search --dry-run`."""
-    total = sum(plan.iterations) * recipe.run.replicates
+    total = plan.total * recipe.run.replicates
     screen.print(escape(layers.to_yaml(recipe)))
     screen.print(_rounds_table(plan.kept, plan.iterations))
     screen.result(
-        f"{plural(recipe.run.replicates, 'replicate')}, {total:,} iterations in all;"
+        f"{plural(recipe.run.replicates, 'replicate')}, {'at most ' if plan.may_end_early else ''}{total:,} iterations in"
+        f" all{f', {len(plan.drawn)} trainings of them for masks alone' if plan.drawn else ''};"
         f" memory {size(plan.memory)} beside data and activations, disk {size(plan.disk)}",
         {
             "recipe": recipe.plain(),
@@ -291,7 +292,7 @@ class Outlook:
     @property
     def total(self) -> int:
         """Iterations of all trainings."""
-        return sum(self.plan.iterations) * self.recipe.run.replicates
+        return self.plan.total * self.recipe.run.replicates
 
     @property
     def first_step(self) -> float | None:
