@@ -159,7 +159,8 @@ def drawn(name: str, task: Task, groups: list[Group], arm_seed: int = 4) -> tupl
     state = task.start(0)
     old = old_masks()
     drawing = Drawing(SCORES[name], task, HOW, groups, SHAPES)
-    return drawing.of_training(Arm("x", state, old, arm_seed, round=2), state, state, None), old, state
+    (new,) = drawing.of_training(Arm("x", state, old, arm_seed, round=2), state, state, None)
+    return new, old, state
 
 
 def batches(task: Task, arm_seed: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
@@ -246,7 +247,7 @@ def test_synflow_step_by_step_in_numpy() -> None:
     group = Group((*shapes,), 0.7)
     whole = masks.dense(shapes)
     drawing = Drawing(SCORES["synflow"], task, HOW, [group], shapes)
-    found = drawing.of_training(Arm("x", state, whole, 0), state, state, None)
+    (found,) = drawing.of_training(Arm("x", state, whole, 0), state, state, None)
     a, b = (state[name].double().abs().numpy() for name in shapes)
     keep = np.ones(30, bool)
     for step in range(1, 101):
@@ -280,7 +281,7 @@ def test_steps_lead_to_the_count(task: Task) -> None:
     drawing = Drawing(Score(function, steps=7), task, HOW, TOGETHER, SHAPES)
     once = Drawing(Score(function), task, HOW, TOGETHER, SHAPES)
     arm = Arm("x", state, old_masks(), 0)
-    in_steps, at_once = (each.of_training(arm, state, state, None) for each in (drawing, once))
+    in_steps, at_once = (each.of_training(arm, state, state, None)[0] for each in (drawing, once))
     assert all(torch.equal(in_steps[name], at_once[name]) for name in SHAPES)
     n = masks.count(old_masks())
     k = n - round(n * 0.4)

@@ -532,7 +532,7 @@ def test_an_emptied_layer_that_disconnects_is_an_error_at_once(
     make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, watch: Mock, tmp_path: Path
 ) -> None:
     with pytest.raises(TicketfindError) as caught:
-        run_search(make_recipe(COLLAPSE), make_task(), tmp_path / "run", spare_all_but_fc2)
+        run_search(make_recipe(COLLAPSE), make_task(), tmp_path / "run", by_function(spare_all_but_fc2))
     assert str(caught.value).startswith(
         "round 1, replicate 0: no weight is left in fc2.weight, and the output no longer depends on the input"
     )
@@ -547,7 +547,7 @@ def test_an_emptied_layer_is_reported_where_it_is_allowed_or_harmless(
     run_search: Search, watch: Mock, tmp_path: Path,
 ) -> None:  # fmt: skip
     recipe = make_recipe({**COLLAPSE, "prune.allow_collapse": allowed})
-    rounds = run_search(recipe, make_task(net), tmp_path / "run", spare_all_but_fc2)
+    rounds = run_search(recipe, make_task(net), tmp_path / "run", by_function(spare_all_but_fc2))
     assert len(rounds) == 2
     assert [call.args[0] for call in watch.note.call_args_list] == [
         *(f"round 1, replicate {replicate}: no weight is left in fc2.weight" for replicate in range(2)),
@@ -595,7 +595,7 @@ def test_no_round_matches(
 ) -> None:
     """Nothing but chance is left of a network without weights: no ticket, and the run is finished all the same."""
     recipe = make_recipe({**COLLAPSE, "prune.allow_collapse": True, "run.tolerance": 0, "train.lr": 0.2})
-    rounds = run_search(recipe, make_task(), tmp_path / "run", spare_all_but_fc2)
+    rounds = run_search(recipe, make_task(), tmp_path / "run", by_function(spare_all_but_fc2))
     assert rounds[0].stats.accuracy_early.mean > 0.4
     assert [round.matching for round in rounds] == [True, False]
     run = RunDir(tmp_path / "run")

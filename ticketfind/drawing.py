@@ -42,13 +42,18 @@ class Drawing:
     shapes: Mapping[str, tuple[int, ...]]
     """Of the parameters that are scored."""
 
-    def of_training(self, arm: Arm, initial: State, trained: State, path: State | None) -> Masks:
-        """The masks of the next round, on the CPU: exactly n - round(n * p) of each group, within the arm's.
+    def of_training(
+        self, arm: Arm, initial: State, trained: State, path: State | None, *, rounds: int = 1
+    ) -> list[Masks]:
+        """The masks of the next rounds, on the CPU: exactly n - round(n * p) of each group in each, nested.
 
         initial: at the rewind point. path: as `scores.Seen` has it. Raises TicketfindError where the score fails.
         """
-        seen = self.seen(arm, initial, trained, path)
-        return _here(self.pruned(seen, masks.targets(seen.masks, self.groups), arm), "cpu")
+        seen, found = self.seen(arm, initial, trained, path), []
+        for _ in range(rounds):
+            seen = replace(seen, masks=self.pruned(seen, masks.targets(seen.masks, self.groups), arm))
+            found.append(_here(seen.masks, "cpu"))
+        return found
 
     def pruned(self, seen: Seen, counts: Sequence[int], arm: Arm) -> Masks:
         """Masks with so many weights of each group left, in as many steps as the score takes; on the device."""

@@ -104,6 +104,10 @@ MaskStop = Annotated[
     Real,
     _option("--mask-stop", "End a round once the mask that it would draw agrees so much with the last evaluation's."),
 ]
+Ahead = Annotated[
+    list[int] | None,
+    _option("--ahead", "Rounds whose masks a training draws; repeatable, one number for each training.", min=1),
+]
 UntilFails = Annotated[
     bool | None,
     _option("--until-fails", "Look for the sparsest matching round, and measure no sparser ones than it takes."),
@@ -251,6 +255,7 @@ RECIPE_OPTIONS: dict[str, tuple[Any, str]] = {
     "score": (Score, "prune.score"),
     "prune_every": (PruneEvery, "prune.every"),
     "mask_stop": (MaskStop, "prune.mask_stop"),
+    "ahead": (Ahead, "prune.ahead"),
     "until_fails": (UntilFails, "prune.until_fails"),
     "prune_only": (Only, "prune.only"),
     "skip": (Skip, "prune.skip"),

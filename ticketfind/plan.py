@@ -1,6 +1,8 @@
 """What a search will do, known before any training: what is pruned, weights and iterations of each round, costs."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -31,6 +33,8 @@ class Plan:
     """Rounds with a training of its own for the next mask, beside the one that is measured: with `prune.mask_stop` all
     but the first and the last, with `prune.every` that too. It has at most the round's iterations."""
 
+    ahead: dict[int, int]
+    """Rounds that draw masks in the training that is measured, and how many; they are measured first."""
     may_end_early: bool
     """Whether trainings, or rounds, may turn out not to be needed."""
     memory: int
@@ -43,9 +47,10 @@ class Plan:
         """Iterations of one replicate, at most."""
         return sum(self.iterations) + sum(self.iterations[round] for round in self.drawn)
 
-    def draws_as_measured(self, round: int) -> bool:
-        """Whether a round's mask for the next comes of the training that is measured."""
-        return round + 1 < len(self.kept) and round not in self.drawn
+    def draws(self, round: int) -> range:
+        """The rounds whose masks come of the training of a round that is measured."""
+        following = range(round + 1, len(self.kept))
+        return range(0) if round in self.drawn else following[: self.ahead.get(round, 0)]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -95,4 +100,15 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
     disk = 4 * parameters * (starts + replicates + 1) + kept[0] * (replicates * (len(kept) - 1) + 1)
     if recipe.train.command is not None:  # what it writes is kept, see commands.by_command
         disk += 4 * parameters * replicates * (measured + (rewind > 0))
-    return Plan(candidates, groups, kept, rewind, moves, iterations, measured, drawn, early, memory, disk)
+    return Plan(candidates, groups, kept, rewind, moves, iterations, measured, drawn, _ahead(settings.ahead, len(kept)), early, memory, disk)
+
+
+def _ahead(each: Sequence[int], rounds: int) -> dict[int, int]:
+    """Of `rounds`, the dense one included: those that draw masks, and how many."""
+    found, round = {}, 0
+    for count in itertools.chain(each, itertools.repeat(each[-1])):
+        if round + 1 >= rounds:
+            return found
+        found[round] = count
+        round += count
+    raise AssertionError

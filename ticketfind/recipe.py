@@ -135,6 +135,8 @@ class Prune:
     mask_stop: float | None = _key(readers.or_null(readers.share), None)
     """End a training that is there for the mask alone once the masks of two evaluations in a row agree as much (Cohen's
     kappa over the weights left); null: masks are drawn from the full trainings."""
+    ahead: tuple[int, ...] = _key(readers.list_of(readers.whole(1), "a list of numbers of rounds"), [1])
+    """How many rounds' masks a training draws, training after training; the last number goes on."""
     until_fails: bool = _key(readers.flag, False)
     """Measure no round that is sparser than one that does not match."""
     rewind: "Duration | str | None" = _key(readers.or_null(readers.rewind), None)
@@ -351,6 +353,10 @@ def _drawing_contradictions(prune: Prune, train: Train) -> Iterator[str]:
         yield "prune.mask_stop: expected null beside prune.every, found both"
     if prune.every is not None and prune.score in BEFORE_TRAINING:
         yield f"prune.every: expected null with {prune.score}, which looks at no training, found {prune.every}"
+    if not prune.ahead:
+        yield "prune.ahead: expected at least one number of rounds, found none"
+    if prune.ahead != (1,) and (prune.every is not None or prune.mask_stop is not None or prune.rewind == "lr"):
+        yield "prune.ahead: expected [1] beside prune.every, prune.mask_stop and rewind lr, found others"
     if train.is_external:
         asked = {"prune.every": prune.every, "prune.mask_stop": prune.mask_stop}
         for key in (key for key, value in asked.items() if value is not None):

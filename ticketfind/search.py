@@ -87,25 +87,34 @@ class _Job:
         return self.end()
 
     def order(self) -> Iterator[int]:
-        """The rounds in the order in which they are measured; what is drawn apart is drawn between the first two."""
+        """The rounds in the order in which they are measured: first those that draw masks, as far as they are needed,
+        then the others, all of them or those in between a round that matches and one that does not."""
         yield 0
         for round in self.plan.drawn:
             self.draw(round)
-        last, until_fails = self.plan.measured - 1, self.recipe.prune.until_fails
-        if not until_fails:
-            yield from range(1, last + 1)
-            return
-        matching, failing, left = 0, last + 1, set(range(1, last + 1))
-        while failing - matching > 1:  # the masks of all rounds are there, or those of one more than is measured
-            round = (matching + failing) // 2 if self.plan.drawn else matching + 1
+        rounds, until_fails = range(1, self.plan.measured), self.recipe.prune.until_fails
+        drawing = [] if self.plan.drawn else [round for round in rounds if round in self.plan.ahead]
+        for round in drawing:
             yield round
-            left.discard(round)
-            finished = self.finished(round)
-            if finished is not None and finished.matching:
-                matching = round
-            else:
-                failing = round
-        self.watch.skip(sum(self.plan.iterations[round] * len(self.alive(round)) for round in left))
+            if until_fails and not self.is_matching(round):
+                break
+        if not until_fails:
+            yield from (round for round in rounds if round not in drawing)
+            return
+        seen = {round for round in rounds if self.finished(round)}
+        matching = max((round for round in seen if self.is_matching(round)), default=0)
+        failing = min((round for round in seen if round > matching), default=len(rounds) + 1)
+        while failing - matching > 1:
+            round = (matching + failing) // 2
+            yield round
+            seen.add(round)
+            matching, failing = (round, failing) if self.is_matching(round) else (matching, round)
+        self.watch.skip(sum(self.plan.iterations[round] * len(self.alive(round)) for round in {*rounds} - seen))
+
+    def is_matching(self, round: int) -> bool:
+        """Whether a round is finished, and matches."""
+        finished = self.finished(round)
+        return finished is not None and finished.matching
 
     def measure(self, round: int) -> None:
         """Train what is not yet trained of a round, in full; it draws the next mask, if none does it apart."""
@@ -228,7 +237,7 @@ class _Job:
             note=self.watch.note,
             folder=self.run.arms_folder,
             snapshots=self.snapshots,
-            paths=self.drawing.score.needs_path and self.plan.draws_as_measured(round),
+            paths=self.drawing.score.needs_path and bool(self.plan.draws(round)),
         )
 
     def arm(self, round: int, replicate: int, *, for_mask: bool = False) -> Arm:
@@ -274,19 +283,27 @@ class _Job:
             about = {"ticketfind": json.dumps(_about_start(arm.start, plan, self.task))}
             save_tensors(self.start_file(0, replicate), start, about)
             save_tensors(self.run.trained_file(replicate), outcome.final)
-        if plan.draws_as_measured(round):
+        if plan.draws(round):
             self.keep(round, replicate, arm, outcome)
         self.run.append(_log_line(round, replicate, old, outcome))
 
     def keep(self, round: int, replicate: int, arm: Arm, outcome: Outcome) -> None:
-        """Put the next round's mask on disk, and, with learning-rate rewinding, the weights that it starts from."""
+        """Put the next masks on disk, and, with learning-rate rewinding, the weights that the next round starts from."""
         initial, old = self.initial(replicate), arm.masks or masks.dense(self.plan.shapes)
-        new = outcome.masks or self.drawing.of_training(arm, initial, outcome.final, outcome.path)
-        self.hold(arm, outcome, invariants.of_pruning(new, old, self.plan.kept[round + 1]))
+        rounds = len(self.plan.draws(round)) or 1
+        drawn = (
+            [outcome.masks]
+            if outcome.masks is not None
+            else self.drawing.of_training(arm, initial, outcome.final, outcome.path, rounds=rounds)
+        )
+        for number, new in enumerate(drawn, round + 1):
+            self.hold(arm, outcome, invariants.of_pruning(new, old, self.plan.kept[number]))
+            old = new
         if self.plan.moves:
             _, about = read_tensors(self.run.start_file(replicate, 0), "rewind point")
             save_tensors(self.start_file(round + 1, replicate), outcome.final, about)
-        save_tensors(self.run.mask_file(round + 1, replicate), new)
+        for number, new in enumerate(drawn, round + 1):
+            save_tensors(self.run.mask_file(number, replicate), new)
 
     def initial(self, replicate: int) -> State:
         """The weights that scores compare trained ones with: those of the rewind point."""

@@ -36,8 +36,8 @@ def show_plan(screen: Screen, recipe: "Recipe", plan: "Plan") -> None:
     screen.print(escape(layers.to_yaml(recipe)))
     screen.print(_rounds_table(plan.kept, plan.iterations))
     screen.result(
-        f"{plural(recipe.run.replicates, 'replicate')}, {'at most ' if plan.may_end_early else ''}{total:,} iterations in"
-        f" all{f', {len(plan.drawn)} trainings of them for masks alone' if plan.drawn else ''};"
+        f"{plural(recipe.run.replicates, 'replicate')}, {'at most ' if plan.may_end_early else ''}{total:,} iterations"
+        f" in all{f', {plural(len(plan.drawn), "round")} trained twice, once for the mask' if plan.drawn else ''};"
         f" memory {size(plan.memory)} beside data and activations, disk {size(plan.disk)}",
         {
             "recipe": recipe.plain(),
