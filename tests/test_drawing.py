@@ -21,7 +21,7 @@ from ticketfind.drawing import Drawing, Settled
 from ticketfind.masks import Group
 from ticketfind.recipe import Recipe, RecipeError, Train
 from ticketfind.rundir import RunDir
-from ticketfind.scores import SCORES, Seen
+from ticketfind.scores import SCORES, Seen, scored
 from ticketfind.train import fit
 
 SHAPES = {"fc1.weight": (16, 12), "fc2.weight": (12, 16), "fc3.weight": (4, 12)}
@@ -280,6 +280,39 @@ def test_until_fails_brackets_where_masks_are_drawn_apart(
     assert [round.round for round in again] == [0, 4, 5, 6]
 
 
+def test_masks_drawn_ahead_are_those_of_one_training_pruned_again_and_again(
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
+) -> None:
+    recipe = make_recipe({"prune.ahead": [2, 3, 1], "prune.rounds": 7})
+    rounds = run_search(recipe, make_task(), tmp_path / "run")
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in log if line["replicate"] == 0] == [0, 2, 5, 6, 1, 3, 4, 7]
+    assert [round.round for round in rounds] == [*range(8)]
+    final = load_file(tmp_path / "run/trained/0.safetensors")
+    old = masks.dense(SHAPES)
+    for round in (1, 2):
+        found = scored(SCORES["magnitude"], Seen(final, final, old), seed=0)
+        old = masks.prune(old, found, [Group((name,), 0.3) for name in SHAPES])
+        there = load_file(tmp_path / f"run/masks/{round:02}-0.safetensors")
+        assert all(torch.equal(old[name], there[name]) for name in SHAPES)
+    assert all(check.passed is not False for check in verify.of_run(RunDir(tmp_path / "run")))
+
+
+def test_until_fails_measures_between_the_trainings_that_draw_ahead(
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
+) -> None:
+    recipe = make_recipe({
+        "prune.ahead": [4], "prune.until_fails": True, "prune.rounds": 12, "prune.fraction": 0.1, "run.tolerance": 1,
+    })  # fmt: skip
+    rounds = run_search(
+        recipe, make_task(trainer=planted({**FALLING, **dict.fromkeys(range(9, 13), 0.5)})), tmp_path / "run"
+    )
+    assert [(round.round, round.matching) for round in rounds] == [
+        (0, True), (4, True), (5, True), (6, False), (8, False),
+    ]  # fmt: skip
+    assert contents.chosen(RunDir(tmp_path / "run"), None).round == 5
+
+
 def test_a_search_that_draws_apart_goes_on_to_the_same_bytes(
     make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
 ) -> None:
@@ -317,6 +350,8 @@ def test_a_search_that_draws_apart_goes_on_to_the_same_bytes(
         ({"prune.every": 3, "prune.mask_stop": 0.9}, "prune.mask_stop: expected null beside prune.every, found both"),
         ({"prune.every": 3, "prune.score": "snip"}, "prune.every: expected null with snip, which looks at no training"),
         ({"prune.every": 13}, "prune.every: expected 1 to the 12 iterations of a round, found 13"),
+        ({"prune.ahead": []}, "prune.ahead: expected at least one number of rounds, found none"),
+        ({"prune.ahead": [2], "prune.rewind": "lr"}, "prune.ahead: expected [1] beside prune.every"),
         ({"prune.mask_stop": 1.5}, "prune.mask_stop: expected a number above 0, up to 1, found 1.5"),
         ({"prune.every": 3, "train.trainer": "a:b"}, "prune.every: expected null, as a training of your own"),
         ({"prune.score": "synflow", "train.trainer": "a:b"}, "prune.score: expected one of a training's ends"),

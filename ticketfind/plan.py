@@ -100,12 +100,26 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
     disk = 4 * parameters * (starts + replicates + 1) + kept[0] * (replicates * (len(kept) - 1) + 1)
     if recipe.train.command is not None:  # what it writes is kept, see commands.by_command
         disk += 4 * parameters * replicates * (measured + (rewind > 0))
-    return Plan(candidates, groups, kept, rewind, moves, iterations, measured, drawn, _ahead(settings.ahead, len(kept)), early, memory, disk)
+    return Plan(
+        candidates,
+        groups,
+        kept,
+        rewind,
+        moves,
+        iterations,
+        measured,
+        drawn,
+        _ahead(settings.ahead, len(kept)),
+        early,
+        memory,
+        disk,
+    )
 
 
 def _ahead(each: Sequence[int], rounds: int) -> dict[int, int]:
     """Of `rounds`, the dense one included: those that draw masks, and how many."""
-    found, round = {}, 0
+    found: dict[int, int] = {}
+    round = 0
     for count in itertools.chain(each, itertools.repeat(each[-1])):
         if round + 1 >= rounds:
             return found

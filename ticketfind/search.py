@@ -102,6 +102,7 @@ class _Job:
             yield from (round for round in rounds if round not in drawing)
             return
         seen = {round for round in rounds if self.finished(round)}
+        yield from sorted(seen.difference(drawing))  # of an earlier process
         matching = max((round for round in seen if self.is_matching(round)), default=0)
         failing = min((round for round in seen if round > matching), default=len(rounds) + 1)
         while failing - matching > 1:
@@ -288,7 +289,7 @@ class _Job:
         self.run.append(_log_line(round, replicate, old, outcome))
 
     def keep(self, round: int, replicate: int, arm: Arm, outcome: Outcome) -> None:
-        """Put the next masks on disk, and, with learning-rate rewinding, the weights that the next round starts from."""
+        """Put the next masks on disk; with learning-rate rewinding, the weights too that the next round starts from."""
         initial, old = self.initial(replicate), arm.masks or masks.dense(self.plan.shapes)
         rounds = len(self.plan.draws(round)) or 1
         drawn = (

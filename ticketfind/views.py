@@ -33,11 +33,12 @@ if TYPE_CHECKING:
 def show_plan(screen: Screen, recipe: "Recipe", plan: "Plan") -> None:
     """`search --dry-run`."""
     total = plan.total * recipe.run.replicates
+    twice = f", {plural(len(plan.drawn), 'round')} trained twice, once for the mask" if plan.drawn else ""
     screen.print(escape(layers.to_yaml(recipe)))
     screen.print(_rounds_table(plan.kept, plan.iterations))
     screen.result(
         f"{plural(recipe.run.replicates, 'replicate')}, {'at most ' if plan.may_end_early else ''}{total:,} iterations"
-        f" in all{f', {plural(len(plan.drawn), "round")} trained twice, once for the mask' if plan.drawn else ''};"
+        f" in all{twice};"
         f" memory {size(plan.memory)} beside data and activations, disk {size(plan.disk)}",
         {
             "recipe": recipe.plain(),
