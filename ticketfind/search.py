@@ -126,8 +126,9 @@ def search(recipe: Recipe, task: Task, run: RunDir, plan: Plan, score: ScoreFn, 
         snapshots = Snapshots(run.state_folder, recipe.run.snapshot, run.check)
         try:
             return _Job(recipe, task, run, plan, score, watch, snapshots).rounds()
-        except TicketfindError:
-            if is_new:
+        except Exception as error:
+            run.check()  # a directory that has gone is the better reason, whatever it has led to
+            if is_new and isinstance(error, TicketfindError):
                 rundir.forget_unstarted(run)
             raise
 
@@ -163,14 +164,25 @@ class _Job:
                             failed[replicate] = round
                         self.finish(round, replicate, arm, outcome)
             self.snapshots.clear(round)
-            finished = contents.finished_rounds(run, self.recipe)[round:]
-            if not finished:
+            if all(failed.get(r, round + 1) <= round for r in range(self.recipe.run.replicates)):
                 self.none_left(round)
                 break
+            rounds = self.finished(round + 1)
             rundir.make_latest(run)
-            self.watch.round(finished[0])
-            self.look_at(finished[0])
+            self.watch.round(rounds[round])
+            self.look_at(rounds[: round + 1])
         return self.end()
+
+    def finished(self, least: int) -> list[results.Round]:
+        """The finished rounds. Raises TicketfindError where there are fewer than this search has done, `least`."""
+        self.run.check()
+        rounds = contents.finished_rounds(self.run, self.recipe)
+        if len(rounds) < least:
+            raise TicketfindError(
+                f"{self.run.log_file}: expected {least} finished rounds, found {len(rounds)}: lines of this search have"
+                " gone from it; put the file back, and the same command goes on"
+            )
+        return rounds
 
     def todo(self, alive: Sequence[int], over: set[int]) -> list[int]:
         """Replicates to train. Of those that are trained in step all, or none: their numbers may depend on it."""
@@ -192,30 +204,31 @@ class _Job:
     def end(self) -> list[results.Round]:
         """Write the winner, or the one ticket that is drawn and not trained; the finished rounds."""
         plan, run = self.plan, self.run
-        run.check()
-        rounds = contents.finished_rounds(run, self.recipe)
+        rounds = self.finished(1)
         winner = results.winner_of(rounds)
         if winner is not None:
-            contents.load(run, winner.round, winner.best_replicate).save(run.ticket_file)
+            ticket = contents.load(run, winner.round, winner.best_replicate)
+            ticket.save(run.ticket_file, root=run.path)
         elif plan.measured < len(plan.kept):
-            contents.load(run, plan.measured, rounds[0].replicates[0]).save(run.ticket_file)
+            ticket = contents.load(run, plan.measured, rounds[0].replicates[0])
+            ticket.save(run.ticket_file, root=run.path)
         run.finish()
         return rounds
 
     def none_left(self, round: int) -> None:
         """Every replicate has failed. Raises TicketfindError where there is no round before."""
-        reason = self.run.log()[-1]["failed"]
         if round == 0:
-            raise TicketfindError(f"every replicate failed; the last: {reason}")
+            reasons = [line["failed"] for line in self.run.log() if "failed" in line]
+            raise TicketfindError(f"every replicate failed; the last: {''.join(reasons[-1:])}")
         self.watch.note(f"no replicate is left after round {round}: the search ends with the rounds before it")
 
-    def look_at(self, finished: results.Round) -> None:
-        """Point out an accuracy that any constant answer has; once, and for the dense network."""
+    def look_at(self, rounds: Sequence[results.Round]) -> None:
+        """Point out an accuracy of the last round that any constant answer has; once, and for the dense network."""
         chance = self.task.chance if self.recipe.train.metric is None else None
         if chance is None or self.task.data is None:
             return
         size = len(self.task.data.test)
-        before = contents.finished_rounds(self.run, self.recipe)[max(0, finished.round - 1)]
+        finished, before = rounds[-1], rounds[max(0, len(rounds) - 2)]
         is_first = finished.round == 0 or not results.is_chance(before.stats, chance, size)
         if is_first and results.is_chance(finished.stats, chance, size):
             what = "the dense network has learned nothing" if finished.round == 0 else "nothing is learned any more"
@@ -281,16 +294,16 @@ class _Job:
                 assert outcome.kept is not None
                 start = outcome.kept
             about = {"ticketfind": json.dumps(_about_start(arm.start, plan, self.task))}
-            save_tensors(self.start_file(0, replicate), start, about)
-            save_tensors(self.run.trained_file(replicate), outcome.final)
+            self.save(self.start_file(0, replicate), start, about)
+            self.save(self.run.trained_file(replicate), outcome.final)
         if round + 1 < len(plan.kept):
             initial = read_tensors(self.start_file(0, replicate), "rewind point")[0] if plan.moves else start
             new = self.prune(round, replicate, old, outcome.final, initial)
             self.hold(arm, outcome, invariants.of_pruning(new, old, plan.kept[round + 1]))
             if plan.moves:
                 _, about = read_tensors(self.start_file(0, replicate), "rewind point")
-                save_tensors(self.start_file(round + 1, replicate), outcome.final, about)
-            save_tensors(self.run.mask_file(round + 1, replicate), new)
+                self.save(self.start_file(round + 1, replicate), outcome.final, about)
+            self.save(self.run.mask_file(round + 1, replicate), new)
         self.run.append(_log_line(round, replicate, old, outcome))
 
     def hold(self, arm: Arm, outcome: Outcome, faults: list[str]) -> None:
@@ -299,8 +312,12 @@ class _Job:
             return
         file = self.run.violated_file(arm.round, arm.replicate)
         parts = {"start": arm.start, "mask": arm.masks, "final": outcome.final}
-        save_tensors(file, {f"{part}/{name}": t for part, state in parts.items() for name, t in state.items()})
+        self.save(file, {f"{part}/{name}": t for part, state in parts.items() for name, t in state.items()})
         raise invariants.Violated.of(arm.name, [*faults[:3], f"its weights and masks are in {file}"])
+
+    def save(self, file: Path, tensors: State, about: dict[str, str] | None = None) -> None:
+        """Write tensors into the run directory, which is not begun anew where it has gone."""
+        save_tensors(file, tensors, about, root=self.run.path)
 
     def prune(self, round: int, replicate: int, old: Masks, final: State, initial: State) -> Masks:
         """Score on the training device, keep the highest."""
