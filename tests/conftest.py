@@ -173,6 +173,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    """What a command that runs in this process does on signals ends with the test."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def make_ticket() -> Callable[..., Ticket]:
     """make_ticket(task, seed=0, keep=0.3, iteration=0) -> a ticket with random masks, a fresh start and true sigmas."""
@@ -221,7 +231,6 @@ def command(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     before = {*sys.modules}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(*arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["ticketfind", *map(str, arguments)])
@@ -235,8 +244,6 @@ def command(
         return Ran(code, *capfd.readouterr())
 
     yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     for name, module in [*sys.modules.items()]:
         if name not in before and (getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
             del sys.modules[name]

@@ -139,8 +139,8 @@ def test_a_deep_network_that_is_cut_off_is_noticed(net: Callable[[], nn.Module],
 
 
 @linux
-def test_a_process_that_cannot_keep_what_it_has_done_leaves_quietly(capfd: pytest.CaptureFixture[str]) -> None:
-    """Stopped while its disk is full: nobody listens any more, and no traceback comes of it."""
+def test_a_process_that_cannot_keep_what_it_has_done_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    """Stopped while its disk is full: told by the error, not by a traceback of the process."""
 
     def train(_: int, tick: forks.Tick) -> None:
         try:
@@ -154,6 +154,7 @@ def test_a_process_that_cannot_keep_what_it_has_done_leaves_quietly(capfd: pytes
         if iterations:
             raise Stop
 
-    with pytest.raises(Stop):
+    with pytest.raises(TicketfindError, match="no space left") as caught:
         [*forks.side_by_side(2, 2, train, tick)]
+    assert isinstance(caught.value.__cause__, Stop)
     assert capfd.readouterr().err == ""

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -93,12 +93,21 @@ def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") 
 @contextmanager
 def _resumable(run: "RunDir", screen: "Screen") -> Iterator[None]:
     """A search that is stopped ends with a word on how to go on."""
-    try:
-        with signals.training():
+    with signals.training():
+        try:
             yield
-    except signals.Stopped as stop:
-        screen.message(f"stopped; what is done is kept in {run.path}, and the same command goes on from there")
-        sys.exit(stop.exit_code)
+            return
+        except signals.Stopped as stop:
+            exit_code, told = stop.exit_code, f"what is done is kept in {run.path}"
+        except TicketfindError as error:  # as it was about to keep what it had done, for one
+            noted = signals.noted()
+            if noted is None:
+                raise
+            exit_code = noted.exit_code
+            told = f"{error}; what was kept before that is in {run.path}"
+        with suppress(OSError):  # a terminal that has gone
+            screen.message(f"stopped; {told}, and the same command goes on from there")
+        sys.exit(exit_code)
 
 
 # ------------------------------------------------------------------------------------------------ export
@@ -297,11 +306,16 @@ def main() -> None:
     try:
         app()
     except signals.Stopped as stop:
-        print("stopped", file=sys.stderr)
+        with suppress(OSError):  # a terminal that has gone
+            print("stopped", file=sys.stderr)
         sys.exit(stop.exit_code)
     except TicketfindError as error:
         from ticketfind.recipe import RecipeError
 
         _fail(error, 2 if isinstance(error, RecipeError) else 1)
+    except OSError as error:  # a place that cannot be looked at: no permission, a name too long, a disk that has gone
+        if error.filename is None:
+            raise
+        _fail(TicketfindError(f"{error.filename}: cannot read: {error.strerror}"), 1)
     finally:
         sys.stdout = stdout

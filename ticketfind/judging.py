@@ -80,7 +80,7 @@ def evaluate(
     described = views.evaluation_json(found, str(target or (run and run.path)), time.monotonic() - began)
     views.show_evaluation(screen, found, described)
     if run is not None:
-        files.write_text(run.new_eval_file(tickets[0].about.round), terminal.dump(described))
+        files.write_text(run.new_eval_file(tickets[0].about.round), terminal.dump(described), root=run.path)
 
 
 # --------------------------------------------------------------------------------------------- stability

@@ -46,13 +46,14 @@ def write(run: RunDir, out: Path | None = None) -> Written:
     judged = claims.of_run(_findings(run, recipe, rounds, log, found, weights))
     planned = [*charts.of_run(recipe, rounds, log, found, weights, chosen)]
     folder = run.figures_folder if out is None else out.with_name(f"{out.stem}-figures")
+    root = run.path if out is None else None
     drawn, written = [], []
     for chart in planned:
         svg, png = figures.render(chart)
         drawn.append((chart, svg))
         written += [folder / f"{chart.name}.svg", folder / f"{chart.name}.png"]
-        files.write_text(written[-2], svg)
-        with files.whole(written[-1]) as temporary:
+        files.write_text(written[-2], svg, root)
+        with files.whole(written[-1], root) as temporary:
             temporary.write_bytes(png)
     path = out or run.report_file
     text = page.html(
@@ -70,7 +71,7 @@ def write(run: RunDir, out: Path | None = None) -> Written:
             versions={"report written by": f"ticketfind {__version__}", **_versions(run)},
         )
     )
-    files.write_text(path, text)
+    files.write_text(path, text, root)
     return Written(path, written, judged, weights.notes)
 
 

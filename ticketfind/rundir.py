@@ -147,16 +147,19 @@ class RunDir:
         file = log or self.log_file
         _drop_torn_line(file)
         try:
+            is_new = not file.exists()
             with file.open("a", encoding="utf-8") as opened:
                 opened.write(json.dumps(entry, allow_nan=False) + "\n")
                 opened.flush()
                 os.fsync(opened.fileno())
+            if is_new:
+                files.sync_entries(self.path)
         except OSError as error:
             raise TicketfindError(f"{file}: cannot write: {error.strerror}") from error
 
     def finish(self) -> None:
         """Mark the search as over."""
-        files.write_text(self.finished_file, "")
+        files.write_text(self.finished_file, "", root=self.path)
 
     @property
     def is_finished(self) -> bool:
@@ -192,14 +195,20 @@ def _entries(file: Path) -> list[dict[str, Any]]:
 
 def _lines(file: Path) -> Iterator[bytes]:
     """The whole lines of a log. Raises TicketfindError where they would take much more memory than the file."""
-    size, cost = file.stat().st_size, 0
-    with file.open("rb") as log:
-        while line := log.readline(MOST_LINE + 1):
-            cost += json_cost(line)
-            if cost > 3 * size + SPARE or len(line) > MOST_LINE:
-                raise TicketfindError(f"{file}: expected lines as a search writes them, found them with too much in")
-            if line.endswith(b"\n"):
-                yield line
+    cost = 0
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as log:
+            while line := log.readline(MOST_LINE + 1):
+                cost += json_cost(line)
+                if cost > 3 * size + SPARE or len(line) > MOST_LINE:
+                    raise TicketfindError(
+                        f"{file}: expected lines as a search writes them, found them with too much in"
+                    )
+                if line.endswith(b"\n"):
+                    yield line
+    except OSError as error:
+        raise TicketfindError(f"{file}: cannot read: {error.strerror}") from error
 
 
 def _drop_torn_line(file: Path) -> None:
@@ -257,7 +266,7 @@ def _names(path: Path, suffix: str = "") -> Iterator[Path]:
 def sole_writer(run: RunDir) -> Iterator[None]:
     """Hold the run's directory. Raises TicketfindError where another process does; the hold ends with its process."""
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
+        files.make_folder(run.path)
         lock = run.lock_file.open("w")
     except OSError as error:
         raise TicketfindError(f"{run.path}: cannot write: {error.strerror}") from error

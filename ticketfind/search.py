@@ -55,8 +55,9 @@ def search(recipe: Recipe, task: Task, run: RunDir, plan: Plan, score: Score, wa
         drawing = Drawing(score, task, recipe.train, plan.groups, plan.shapes)
         try:
             return _Job(recipe, task, run, plan, drawing, watch, snapshots).rounds()
-        except TicketfindError:
-            if is_new:
+        except Exception as error:
+            run.check()  # a directory that has gone is the better reason, whatever it has led to
+            if is_new and isinstance(error, TicketfindError):
                 rundir.forget_unstarted(run)
             raise
 
@@ -77,10 +78,10 @@ class _Job:
         self.watch.begin(*self.iterations())
         for round in self.order():
             self.measure(round)
-            finished = self.finished(round)
-            if finished is None:
+            if not self.alive(round + 1):
                 self.none_left(round)
                 break
+            finished = self.measured(round)
             rundir.make_latest(self.run)
             self.watch.round(finished)
             self.look_at(finished)
@@ -157,6 +158,17 @@ class _Job:
         rounds = contents.finished_rounds(self.run, self.recipe)
         return next((each for each in rounds if each.round == round), None)
 
+    def measured(self, round: int) -> results.Round:
+        """The same of one that this search has finished. Raises TicketfindError where the log no longer has it."""
+        self.run.check()
+        finished = self.finished(round)
+        if finished is None:
+            raise TicketfindError(
+                f"{self.run.log_file}: expected all of round {round}, found less: lines of this search have gone;"
+                " put the file back, and the same command goes on"
+            )
+        return finished
+
     def alive(self, round: int) -> list[int]:
         """Replicates that have not failed before a round."""
         failed = {line["replicate"]: line["round"] for line in self.run.log() if "failed" in line}
@@ -190,21 +202,23 @@ class _Job:
     def end(self) -> list[results.Round]:
         """Write the winner, or the one ticket that is drawn and not trained; the finished rounds."""
         plan, run = self.plan, self.run
-        run.check()
+        self.measured(0)
         rounds = contents.finished_rounds(run, self.recipe)
         winner = results.winner_of(rounds)
         if winner is not None:
-            contents.load(run, winner.round, winner.best_replicate).save(run.ticket_file)
+            ticket = contents.load(run, winner.round, winner.best_replicate)
+            ticket.save(run.ticket_file, root=run.path)
         elif plan.measured < len(plan.kept):
-            contents.load(run, plan.measured, rounds[0].replicates[0]).save(run.ticket_file)
+            ticket = contents.load(run, plan.measured, rounds[0].replicates[0])
+            ticket.save(run.ticket_file, root=run.path)
         run.finish()
         return rounds
 
     def none_left(self, round: int) -> None:
         """Every replicate has failed. Raises TicketfindError where there is no round before."""
-        reason = next((line["failed"] for line in reversed(self.run.log()) if "failed" in line), "no reason is known")
         if round == 0:
-            raise TicketfindError(f"every replicate failed; the last: {reason}")
+            reasons = [line["failed"] for line in self.run.log() if "failed" in line]
+            raise TicketfindError(f"every replicate failed; the last: {''.join(reasons[-1:])}")
         self.watch.note(f"no replicate is left after round {round}: the search ends with the rounds before it")
 
     def look_at(self, finished: results.Round) -> None:
@@ -282,8 +296,8 @@ class _Job:
                 assert outcome.kept is not None
                 start = outcome.kept
             about = {"ticketfind": json.dumps(_about_start(arm.start, plan, self.task))}
-            save_tensors(self.start_file(0, replicate), start, about)
-            save_tensors(self.run.trained_file(replicate), outcome.final)
+            self.save(self.start_file(0, replicate), start, about)
+            self.save(self.run.trained_file(replicate), outcome.final)
         if plan.draws(round):
             self.keep(round, replicate, arm, outcome)
         self.run.append(_log_line(round, replicate, old, outcome))
@@ -302,9 +316,9 @@ class _Job:
             old = new
         if self.plan.moves:
             _, about = read_tensors(self.run.start_file(replicate, 0), "rewind point")
-            save_tensors(self.start_file(round + 1, replicate), outcome.final, about)
+            self.save(self.start_file(round + 1, replicate), outcome.final, about)
         for number, new in enumerate(drawn, round + 1):
-            save_tensors(self.run.mask_file(number, replicate), new)
+            self.save(self.run.mask_file(number, replicate), new)
 
     def initial(self, replicate: int) -> State:
         """The weights that scores compare trained ones with: those of the rewind point."""
@@ -322,8 +336,12 @@ class _Job:
             return
         file = self.run.violated_file(arm.round, arm.replicate)
         parts = {"start": arm.start, "mask": arm.masks, "final": outcome.final}
-        save_tensors(file, {f"{part}/{name}": t for part, state in parts.items() for name, t in state.items()})
+        self.save(file, {f"{part}/{name}": t for part, state in parts.items() for name, t in state.items()})
         raise invariants.Violated.of(arm.name, [*faults[:3], f"its weights and masks are in {file}"])
+
+    def save(self, file: Path, tensors: State, about: dict[str, str] | None = None) -> None:
+        """Write tensors into the run directory, which is not begun anew where it has gone."""
+        save_tensors(file, tensors, about, root=self.run.path)
 
     def start_file(self, round: int, replicate: int) -> Path:
         """Where the weights that a round starts from are kept."""

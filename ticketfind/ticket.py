@@ -128,8 +128,12 @@ class Ticket:
         """
         return hold(model, optimizer, self.masks)
 
-    def save(self, path: Path | str, *, layout: str = "full") -> None:
-        """Write the ticket, whole or not at all. layout: "full", or "compact" (bit-packed masks, survivors only)."""
+    def save(self, path: Path | str, *, layout: str = "full", root: Path | None = None) -> None:
+        """Write the ticket, whole or not at all.
+
+        layout: "full", or "compact" (bit-packed masks, survivors only). root: a folder that must be there; None makes
+        all that are missing. Raises TicketfindError where it cannot be written.
+        """
         assert layout in ("full", "compact"), layout
         about = {"format": FORMAT, "layout": layout, "remaining": self.remaining, **asdict(self.about)}
         tensors = {f"init/{name}": value for name, value in self.init.items()}
@@ -145,7 +149,7 @@ class Ticket:
         else:
             tensors |= {f"mask/{name}": mask for name, mask in self.masks.items()}
         about["sha256"] = {section: _digest_of(tensors, section) for section in SECTIONS}
-        save_tensors(Path(path), tensors, {_KEY: json.dumps(about)})
+        save_tensors(Path(path), tensors, {_KEY: json.dumps(about)}, root=root)
 
 
 def hold(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Tensor]) -> Callable[[], None]:
