@@ -424,6 +424,10 @@ def test_the_command(run: RunDir, command: Callable[..., Any], tmp_path: Path) -
     assert shown.code == 0 and (tmp_path / "other.html").is_file() and "not tested" in shown.out
     assert (tmp_path / "other-figures" / "hill.png").is_file()
     assert command("report", run.ticket_file).err.startswith("error: ")
+    dropped = with_dropout(run, tmp_path / "dropped", 0.2, model__args={"drop_rate": 0.1})
+    beside = command("report", with_dropout(run, tmp_path / "plain", 0.0).path, "--beside", dropped.path, "--json").json
+    assert beside["claims"][10]["status"] == "holds" and "dropout of 0.1" in beside["claims"][10]["figures"]
+    assert "expected a run directory, found a file" in command("report", run.path, "--beside", run.ticket_file).err
 
 
 def test_without_matplotlib_one_line_says_what_to_install(

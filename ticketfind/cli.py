@@ -299,6 +299,7 @@ def diff(
 @app.command()
 def report(
     run: options.RunArg = None,
+    beside: options.Beside = None,
     out: options.ReportOut = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -313,9 +314,12 @@ def report(
 
     screen = terminal.Screen(as_json=as_json, quiet=quiet)
     found = _run_at(run)
-    if found is None:
-        raise TicketfindError(f"{run}: expected a run directory, found a file")
-    views.show_report(screen, found, reporting.write(found, out), time.monotonic() - began)
+    other = None if beside is None else _run_at(beside)
+    for path, there in ((run, found), (beside, other)):
+        if path is not None and there is None:
+            raise TicketfindError(f"{path}: expected a run directory, found a file")
+    assert found is not None
+    views.show_report(screen, found, reporting.write(found, out, other), time.monotonic() - began)
 
 
 # ------------------------------------------------------------------------------------------------ verify
@@ -414,19 +418,18 @@ def inspect(
 
 
 def _inspect_model(spec: str, settings: options.Settings, screen: "Screen") -> None:
-    from ticketfind import assemble, layers, prunable, train, views
+    from ticketfind import assemble, layers, train, views
     from ticketfind import search as searching
 
     data = settings.get("data.spec")
     base = layers.base_layers(None, spec, data)
     settings = {"run.tolerance": 0, **settings}  # nothing is matched here
     asked = layers.from_layers(*base, layers.nested({"model.spec": spec, **settings}))
-    only, skip = asked.prune.only, asked.prune.skip
     if data is None:
-        found = prunable.candidates(assemble.model_alone(asked), only=only, skip=skip)
+        found = searching.candidates(asked, assemble.model_alone(asked))
         return views.show_model(screen, spec, found, searching.weights_kept(asked, found)[1])
     recipe, task = assemble.assemble(asked)
-    found = prunable.candidates(task.model, only=only, skip=skip)
+    found = searching.candidates(recipe, task.model)
     kept = searching.weights_kept(recipe, found)[1]
     if len(kept) < 2:
         return views.show_model(screen, spec, found, kept)

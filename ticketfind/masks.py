@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from ticketfind import TicketfindError
+from ticketfind import TicketfindError, patterns, readers
 from ticketfind.selection import keep_highest
 
 Masks = dict[str, Tensor]
@@ -29,12 +29,24 @@ class Group:
 
     names: tuple[str, ...]
     fraction: float
+    steps: tuple[int, ...] = ()
+    """Of the one tensor of an N:M pattern: weights kept in each block, round by round (4, 3, 2). No fraction counts."""
+
+    def kept_after(self, remaining: int, size: int) -> int:
+        """Weights kept of the `remaining` ones, of `size` in all."""
+        if not self.steps or not size:
+            return kept_after(remaining, self.fraction)
+        block = self.steps[0]
+        now = remaining * block // size
+        return size * next((step for step in self.steps if step < now), now) // block
 
 
-def make_groups(names: Sequence[str], fractions: Mapping[str, float], scope: str) -> list[Group]:
-    """One group per tensor (scope "layer") or per glob (scope "global"); for each tensor the last glob that matches.
+def make_groups(
+    names: Sequence[str], fractions: Mapping[str, float], scope: str, rounds: int | None = None
+) -> list[Group]:
+    """One group per tensor (scope "layer" or "N:M") or per glob ("global"); for each tensor the last glob that matches.
 
-    Tensors with fraction 0, or with no glob, are in no group: they stay whole.
+    Tensors with fraction 0, or with no glob, are in no group: they stay whole. rounds: of a pattern.
     """
     members: dict[str, list[str]] = {}
     for name in names:
@@ -44,7 +56,9 @@ def make_groups(names: Sequence[str], fractions: Mapping[str, float], scope: str
     if scope == "global":
         return [Group(tuple(inside), fractions[glob]) for glob, inside in members.items()]
     by_name = {name: fractions[glob] for glob, inside in members.items() for name in inside}
-    return [Group((name,), by_name[name]) for name in names if name in by_name]
+    pattern = readers.pattern(scope)
+    steps = () if pattern is None else patterns.steps(*pattern, rounds)
+    return [Group((name,), by_name[name], steps) for name in names if name in by_name]
 
 
 def kept_after(remaining: int, fraction: float) -> int:
@@ -59,11 +73,11 @@ def plan(sizes: Mapping[str, int], groups: Sequence[Group], rounds: int | None, 
     would be pruned any more. sizes: weights in each prunable tensor.
     """
     total = sum(sizes.values())
-    left = [sum(sizes[name] for name in group.names) for group in groups]
+    left = in_groups = [sum(sizes[name] for name in group.names) for group in groups]
     whole = total - sum(left)
     kept = [total]
     while (rounds is None or len(kept) <= rounds) and (until is None or kept[-1] > until * total):
-        left = [kept_after(n, group.fraction) for n, group in zip(left, groups, strict=True)]
+        left = [group.kept_after(n, size) for n, size, group in zip(left, in_groups, groups, strict=True)]
         if whole + sum(left) == kept[-1]:
             break
         kept.append(whole + sum(left))
@@ -142,10 +156,19 @@ def prune(masks: Masks, scores: Weights, groups: Sequence[Group]) -> Masks:
     new = dict(masks)
     for group in groups:
         among = [masks[name] for name in group.names]
-        left = sum(int(mask.sum()) for mask in among)
-        kept = keep_highest([scores[name] for name in group.names], among, kept_after(left, group.fraction))
+        size = sum(mask.numel() for mask in among)
+        left = group.kept_after(sum(int(mask.sum()) for mask in among), size)
+        kept = _highest(group, [scores[name] for name in group.names], among, left)
         new.update(zip(group.names, kept, strict=True))
     return new
+
+
+def _highest(group: Group, scores: Sequence[Tensor], among: Sequence[Tensor], k: int) -> list[Tensor]:
+    """The k highest of a group, in each block alike where it has a pattern."""
+    if not group.steps or not patterns.fits(among[0].shape, group.steps[0]):
+        return keep_highest(scores, among, k)
+    block = group.steps[0]
+    return [patterns.keep_highest(scores[0], among[0], k * block // among[0].numel(), block)]
 
 
 def dense(shapes: Mapping[str, Sequence[int]]) -> Masks:
@@ -153,11 +176,19 @@ def dense(shapes: Mapping[str, Sequence[int]]) -> Masks:
     return {name: torch.ones(tuple(shape), dtype=torch.bool) for name, shape in shapes.items()}
 
 
-def random_like(masks: Masks, *, seed: int) -> Masks:
-    """Random masks that keep as many weights of each tensor as `masks` do (the control of the paper's figure 4)."""
+def random_like(masks: Masks, *, seed: int, groups: Sequence[Group] = ()) -> Masks:
+    """Random masks that keep as many weights of each tensor as `masks` do (the control of the paper's figure 4).
+
+    groups: those of a pattern have as many in each block, so that the pattern is no part of what is compared.
+    """
     generator = torch.Generator().manual_seed(seed)
+    patterned = {group.names[0]: group for group in groups if group.steps}
     drawn = {}
     for name, mask in masks.items():
+        if name in patterned:
+            scores = torch.rand(mask.shape, generator=generator)
+            (drawn[name],) = _highest(patterned[name], [scores], [torch.ones_like(mask)], int(mask.sum()))
+            continue
         order = torch.randperm(mask.numel(), generator=generator)
         flat = torch.zeros(mask.numel(), dtype=torch.bool)
         flat[order[: int(mask.sum())]] = True
@@ -171,7 +202,7 @@ def magnitude_like(masks: Masks, weights: Weights, groups: Sequence[Group]) -> M
     for group in groups:
         scores = [weights[name].abs() for name in group.names]
         left = sum(int(masks[name].sum()) for name in group.names)
-        kept = keep_highest(scores, [torch.ones_like(masks[name]) for name in group.names], left)
+        kept = _highest(group, scores, [torch.ones_like(masks[name]) for name in group.names], left)
         drawn.update(zip(group.names, kept, strict=True))
     return drawn
 
@@ -189,6 +220,17 @@ def count(masks: Masks) -> int:
 def nested_in(inner: Tensor, outer: Tensor) -> bool:
     """True if the mask `inner` keeps nothing that `outer` has pruned."""
     return not bool((inner & ~outer).any())
+
+
+def off_pattern(masks: Masks, groups: Sequence[Group], round: int) -> list[str]:
+    """Names of the tensors of an N:M pattern in which some block keeps another number than `round` has."""
+    found = []
+    for group in groups:
+        if group.steps:
+            (name,), block, expected = group.names, group.steps[0], group.steps[min(round, len(group.steps) - 1)]
+            if patterns.kept_in_each(masks[name], block) != expected:
+                found.append(name)
+    return found
 
 
 def nonzero_outside(masks: Masks, weights: Weights) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ticketfind import TicketfindError, contents, invariants, masks, prunable, results, rundir
+from ticketfind import TicketfindError, contents, invariants, masks, prunable, readers, results, rundir
 from ticketfind.batches import derived_seed
 from ticketfind.connection import is_disconnected
 from ticketfind.course import Failed, Point
@@ -73,24 +73,31 @@ class Plan:
         return {c.name: c.shape for c in self.candidates if c.pruned}
 
 
+def candidates(recipe: Recipe, model: nn.Module) -> list[prunable.Candidate]:
+    """Every parameter, and whether the recipe prunes it and why."""
+    settings = recipe.prune
+    _, block = readers.pattern(settings.scope) or (1, None)
+    return prunable.candidates(model, only=settings.only, skip=settings.skip, block=block)
+
+
 def weights_kept(recipe: Recipe, candidates: list[prunable.Candidate]) -> tuple[list[masks.Group], list[int]]:
     """What is ranked together, and the weights kept in each round, the dense round 0 first."""
     settings = recipe.prune
     prunable.check_globs(settings.fraction, [c.name for c in candidates], "prune.fraction")
     sizes = {c.name: math.prod(c.shape) for c in candidates if c.pruned}
-    groups = masks.make_groups(list(sizes), settings.fraction, settings.scope)
+    groups = masks.make_groups(list(sizes), settings.fraction, settings.scope, settings.rounds)
     return groups, masks.plan(sizes, groups, settings.rounds, settings.until)
 
 
 def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
     """The plan of a resolved recipe. Raises TicketfindError where nothing is left to prune."""
     settings = recipe.prune
-    candidates = prunable.candidates(model, only=settings.only, skip=settings.skip)
-    if not any(c.pruned for c in candidates):
+    found = candidates(recipe, model)
+    if not any(c.pruned for c in found):
         raise TicketfindError(
             f"model {recipe.model.spec!r}: expected a parameter to prune, found none; ticketfind inspect MODEL says why"
         )
-    groups, kept = weights_kept(recipe, candidates)
+    groups, kept = weights_kept(recipe, found)
     if len(kept) < 2:
         raise TicketfindError(
             "prune.fraction: expected to prune a weight in the first round, found that it prunes none"
@@ -104,7 +111,7 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
         iterations[0] = 0
         if settings.rounds == 1:
             iterations[1], measured = 0, 1
-    parameters, replicates = sum(math.prod(c.shape) for c in candidates), recipe.run.replicates
+    parameters, replicates = sum(math.prod(c.shape) for c in found), recipe.run.replicates
     at_once = min(recipe.run.arms_at_once or 1, replicates)
     optimizer_slots = 2 if recipe.train.optimizer != "sgd" else int(recipe.train.momentum > 0)
     memory = 4 * at_once * (parameters * (2 + optimizer_slots) + kept[0])
@@ -112,7 +119,7 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
     disk = 4 * parameters * (starts + replicates + 1) + kept[0] * (replicates * (len(kept) - 1) + 1)
     if recipe.train.command is not None:  # what it writes is kept, see commands.by_command
         disk += 4 * parameters * replicates * (measured + (rewind > 0))
-    return Plan(candidates, groups, kept, rewind, moves, iterations, measured, memory, disk)
+    return Plan(found, groups, kept, rewind, moves, iterations, measured, memory, disk)
 
 
 def search(recipe: Recipe, task: Task, run: RunDir, plan: Plan, score: ScoreFn, watch: Watch) -> list[results.Round]:
@@ -286,7 +293,7 @@ class _Job:
         if round + 1 < len(plan.kept):
             initial = read_tensors(self.start_file(0, replicate), "rewind point")[0] if plan.moves else start
             new = self.prune(round, replicate, old, outcome.final, initial)
-            self.hold(arm, outcome, invariants.of_pruning(new, old, plan.kept[round + 1]))
+            self.hold(arm, outcome, invariants.of_pruning(new, old, plan.kept[round + 1], plan.groups, round + 1))
             if plan.moves:
                 _, about = read_tensors(self.start_file(0, replicate), "rewind point")
                 save_tensors(self.start_file(round + 1, replicate), outcome.final, about)

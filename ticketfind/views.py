@@ -35,6 +35,9 @@ def show_plan(screen: Screen, recipe: "Recipe", plan: "Plan") -> None:
     total = sum(plan.iterations) * recipe.run.replicates
     screen.print(escape(layers.to_yaml(recipe)))
     screen.print(_rounds_table(plan.kept, plan.iterations))
+    for candidate in plan.candidates:
+        if candidate.is_left_whole:
+            screen.message(f"{candidate.name} is {candidate.reason}")
     screen.result(
         f"{plural(recipe.run.replicates, 'replicate')}, {total:,} iterations in all;"
         f" memory {size(plan.memory)} beside data and activations, disk {size(plan.disk)}",
