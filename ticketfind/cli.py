@@ -203,18 +203,17 @@ def inspect(
 
 
 def _inspect_model(spec: str, settings: options.Settings, screen: "Screen") -> None:
-    from ticketfind import assemble, layers, plan, prunable, train, views
+    from ticketfind import assemble, layers, plan, train, views
 
     data = settings.get("data.spec")
     base = layers.base_layers(None, spec, data)
     settings = {"run.tolerance": 0, **settings}  # nothing is matched here
     asked = layers.from_layers(*base, layers.nested({"model.spec": spec, **settings}))
-    only, skip = asked.prune.only, asked.prune.skip
     if data is None:
-        found = prunable.candidates(assemble.model_alone(asked), only=only, skip=skip)
+        found = plan.candidates(asked, assemble.model_alone(asked))
         return views.show_model(screen, spec, found, plan.weights_kept(asked, found)[1])
     recipe, task = assemble.assemble(asked)
-    found = prunable.candidates(task.model, only=only, skip=skip)
+    found = plan.candidates(recipe, task.model)
     kept = plan.weights_kept(recipe, found)[1]
     if len(kept) < 2:
         return views.show_model(screen, spec, found, kept)

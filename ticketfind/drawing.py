@@ -57,7 +57,8 @@ class Drawing:
 
     def pruned(self, seen: Seen, counts: Sequence[int], arm: Arm) -> Masks:
         """Masks with so many weights of each group left, in as many steps as the score takes; on the device."""
-        start, steps = [masks.kept_in(seen.masks, group) for group in self.groups], self.score.steps
+        start = [masks.kept_in(seen.masks, group) for group in self.groups]
+        steps = 1 if any(group.steps for group in self.groups) else self.score.steps  # a pattern has no counts between
         for step in range(1, steps + 1):
             seed = derived_seed(arm.seed, "score", arm.round, *([step] if steps > 1 else []))
             found = scores.scored(self.score, seen, seed=seed)

@@ -110,8 +110,8 @@ def evaluate(
 ) -> Evaluation:
     """Train the tickets, the dense network, noisy twins and controls, in one `fit`; compare.
 
-    first_seed: of the first trial; the others follow. groups: what is ranked together in `design.extras`. folder: for
-    the files of an outside program that trains.
+    first_seed: of the first trial; the others follow. groups: what is ranked together, for masks drawn anew.
+    folder: for the files of an outside program that trains.
     Raises TicketfindError where the ticket does not fit the task's model.
     """
     for ticket in design.tickets:
@@ -227,7 +227,8 @@ def _arms(
         add("reinit", case, task.fresh(derived_seed(case.seed, "reinit")), case.ticket.masks, 0)
     for case in cases if original else ():
         start, first = original_weights(case)
-        add("random", case, start, masks.random_like(case.ticket.masks, seed=derived_seed(case.seed, "random")), first)
+        drawn = masks.random_like(case.ticket.masks, seed=derived_seed(case.seed, "random"), groups=groups)
+        add("random", case, start, drawn, first)
     for kind in design.extras:
         for case in cases if original and not fresh else ():
             weights = _ranked_by(kind, case, task)

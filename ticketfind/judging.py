@@ -153,6 +153,7 @@ def stability(
 
 def report(
     run: options.RunArg = None,
+    beside: options.Beside = None,
     out: options.ReportOut = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -167,9 +168,12 @@ def report(
 
     screen = terminal.Screen(as_json=as_json, quiet=quiet)
     found = targets.run_at(run)
-    if found is None:
-        raise TicketfindError(f"{run}: expected a run directory, found a file")
-    views.show_report(screen, found, reporting.write(found, out), time.monotonic() - began)
+    other = None if beside is None else targets.run_at(beside)
+    for path, there in ((run, found), (beside, other)):
+        if path is not None and there is None:
+            raise TicketfindError(f"{path}: expected a run directory, found a file")
+    assert found is not None
+    views.show_report(screen, found, reporting.write(found, out, other), time.monotonic() - began)
 
 
 # ------------------------------------------------------------------------------------------------ verify

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from ticketfind import TicketfindError
+from ticketfind import TicketfindError, patterns, readers
 from ticketfind.selection import keep_highest
 
 Masks = dict[str, Tensor]
@@ -27,12 +27,24 @@ class Group:
 
     names: tuple[str, ...]
     fraction: float
+    steps: tuple[int, ...] = ()
+    """Of the one tensor of an N:M pattern: weights kept in each block, round by round (4, 3, 2). No fraction counts."""
+
+    def kept_after(self, remaining: int, size: int) -> int:
+        """Weights kept of the `remaining` ones, of `size` in all."""
+        if not self.steps or not size:
+            return kept_after(remaining, self.fraction)
+        block = self.steps[0]
+        now = remaining * block // size
+        return size * next((step for step in self.steps if step < now), now) // block
 
 
-def make_groups(names: Sequence[str], fractions: Mapping[str, float], scope: str) -> list[Group]:
-    """One group per tensor (scope "layer") or per glob (scope "global"); for each tensor the last glob that matches.
+def make_groups(
+    names: Sequence[str], fractions: Mapping[str, float], scope: str, rounds: int | None = None
+) -> list[Group]:
+    """One group per tensor (scope "layer" or "N:M") or per glob ("global"); for each tensor the last glob that matches.
 
-    Tensors with fraction 0, or with no glob, are in no group: they stay whole.
+    Tensors with fraction 0, or with no glob, are in no group: they stay whole. rounds: of a pattern.
     """
     members: dict[str, list[str]] = {}
     for name in names:
@@ -42,7 +54,9 @@ def make_groups(names: Sequence[str], fractions: Mapping[str, float], scope: str
     if scope == "global":
         return [Group(tuple(inside), fractions[glob]) for glob, inside in members.items()]
     by_name = {name: fractions[glob] for glob, inside in members.items() for name in inside}
-    return [Group((name,), by_name[name]) for name in names if name in by_name]
+    pattern = readers.pattern(scope)
+    steps = () if pattern is None else patterns.steps(*pattern, rounds)
+    return [Group((name,), by_name[name], steps) for name in names if name in by_name]
 
 
 def kept_after(remaining: int, fraction: float) -> int:
@@ -57,11 +71,11 @@ def plan(sizes: Mapping[str, int], groups: Sequence[Group], rounds: int | None, 
     would be pruned any more. sizes: weights in each prunable tensor.
     """
     total = sum(sizes.values())
-    left = [sum(sizes[name] for name in group.names) for group in groups]
+    left = in_groups = [sum(sizes[name] for name in group.names) for group in groups]
     whole = total - sum(left)
     kept = [total]
     while (rounds is None or len(kept) <= rounds) and (until is None or kept[-1] > until * total):
-        left = [kept_after(n, group.fraction) for n, group in zip(left, groups, strict=True)]
+        left = [group.kept_after(n, size) for n, size, group in zip(left, in_groups, groups, strict=True)]
         if whole + sum(left) == kept[-1]:
             break
         kept.append(whole + sum(left))
@@ -80,14 +94,15 @@ def prune(masks: Masks, scores: Weights, groups: Sequence[Group], counts: Sequen
     """
     new = dict(masks)
     for group, count in zip(groups, counts or targets(masks, groups), strict=True):
-        kept = keep_highest([scores[name] for name in group.names], [masks[name] for name in group.names], count)
+        kept = _highest(group, [scores[name] for name in group.names], [masks[name] for name in group.names], count)
         new.update(zip(group.names, kept, strict=True))
     return new
 
 
 def targets(masks: Masks, groups: Sequence[Group]) -> list[int]:
     """How many weights of each group the next round keeps."""
-    return [kept_after(kept_in(masks, group), group.fraction) for group in groups]
+    sizes = [sum(masks[name].numel() for name in group.names) for group in groups]
+    return [group.kept_after(kept_in(masks, group), size) for group, size in zip(groups, sizes, strict=True)]
 
 
 def kept_in(masks: Masks, group: Group) -> int:
@@ -100,16 +115,32 @@ def on_the_way(start: Sequence[int], end: Sequence[int], share: float) -> list[i
     return [round(n * (k / n) ** share) if 0 < share < 1 and n else k for n, k in zip(start, end, strict=True)]
 
 
+def _highest(group: Group, scores: Sequence[Tensor], among: Sequence[Tensor], k: int) -> list[Tensor]:
+    """The k highest of a group, in each block alike where it has a pattern."""
+    if not group.steps or not patterns.fits(among[0].shape, group.steps[0]):
+        return keep_highest(scores, among, k)
+    block = group.steps[0]
+    return [patterns.keep_highest(scores[0], among[0], k * block // among[0].numel(), block)]
+
+
 def dense(shapes: Mapping[str, Sequence[int]]) -> Masks:
     """Masks that keep everything."""
     return {name: torch.ones(tuple(shape), dtype=torch.bool) for name, shape in shapes.items()}
 
 
-def random_like(masks: Masks, *, seed: int) -> Masks:
-    """Random masks that keep as many weights of each tensor as `masks` do (the control of the paper's figure 4)."""
+def random_like(masks: Masks, *, seed: int, groups: Sequence[Group] = ()) -> Masks:
+    """Random masks that keep as many weights of each tensor as `masks` do (the control of the paper's figure 4).
+
+    groups: those of a pattern have as many in each block, so that the pattern is no part of what is compared.
+    """
     generator = torch.Generator().manual_seed(seed)
+    patterned = {group.names[0]: group for group in groups if group.steps}
     drawn = {}
     for name, mask in masks.items():
+        if name in patterned:
+            scores = torch.rand(mask.shape, generator=generator)
+            (drawn[name],) = _highest(patterned[name], [scores], [torch.ones_like(mask)], int(mask.sum()))
+            continue
         order = torch.randperm(mask.numel(), generator=generator)
         flat = torch.zeros(mask.numel(), dtype=torch.bool)
         flat[order[: int(mask.sum())]] = True
@@ -122,7 +153,7 @@ def magnitude_like(masks: Masks, weights: Weights, groups: Sequence[Group]) -> M
     drawn = dict(masks)
     for group in groups:
         scores = [weights[name].abs() for name in group.names]
-        kept = keep_highest(scores, [torch.ones_like(masks[name]) for name in group.names], kept_in(masks, group))
+        kept = _highest(group, scores, [torch.ones_like(masks[name]) for name in group.names], kept_in(masks, group))
         drawn.update(zip(group.names, kept, strict=True))
     return drawn
 
@@ -140,6 +171,17 @@ def count(masks: Masks) -> int:
 def nested_in(inner: Tensor, outer: Tensor) -> bool:
     """True if the mask `inner` keeps nothing that `outer` has pruned."""
     return not bool((inner & ~outer).any())
+
+
+def off_pattern(masks: Masks, groups: Sequence[Group], round: int) -> list[str]:
+    """Names of the tensors of an N:M pattern in which some block keeps another number than `round` has."""
+    found = []
+    for group in groups:
+        if group.steps:
+            (name,), block, expected = group.names, group.steps[0], group.steps[min(round, len(group.steps) - 1)]
+            if patterns.kept_in_each(masks[name], block) != expected:
+                found.append(name)
+    return found
 
 
 def nonzero_outside(masks: Masks, weights: Weights) -> list[str]:

@@ -89,7 +89,7 @@ Prune = Annotated[
 Rounds = Annotated[Whole, _option("--rounds", "Prunings.")]
 Until = Annotated[Text, _option("--until", "Stop once this share of the weights is left (0.05 or 5%).")]
 Rewind = Annotated[Text, _option("--rewind", "Where survivors go back to: 0it, 500it, 2ep, 2% or lr.")]
-Scope = Annotated[Text, _option("--scope", "layer or global.")]
+Scope = Annotated[Text, _option("--scope", "layer, global, or a pattern N:M such as 2:4.")]
 Score = Annotated[
     Text,
     _option(
@@ -225,6 +225,12 @@ Format = Annotated[
 ]
 ExportOut = Annotated[
     Path | None, typer.Option("--out", "-o", help="File to write; default: RUN-FORMAT.safetensors here.")
+]
+Beside = Annotated[
+    Path | None,
+    _option(
+        "--beside", "Run of the same search with another dropout rate, for the claim that needs both.", metavar="RUN"
+    ),
 ]
 ReportOut = Annotated[
     Path | None, _option("--out", "File to write, with FILE-figures beside it; default: report.html in the run.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ticketfind import TicketfindError, masks, prunable
+from ticketfind import TicketfindError, masks, prunable, readers
 from ticketfind.readers import Duration
 from ticketfind.recipe import Recipe
 
@@ -58,24 +58,31 @@ class Plan:
         return {c.name: c.shape for c in self.candidates if c.pruned}
 
 
+def candidates(recipe: Recipe, model: nn.Module) -> list[prunable.Candidate]:
+    """Every parameter, and whether the recipe prunes it and why."""
+    settings = recipe.prune
+    _, block = readers.pattern(settings.scope) or (1, None)
+    return prunable.candidates(model, only=settings.only, skip=settings.skip, block=block)
+
+
 def weights_kept(recipe: Recipe, candidates: list[prunable.Candidate]) -> tuple[list[masks.Group], list[int]]:
     """What is ranked together, and the weights kept in each round, the dense round 0 first."""
     settings = recipe.prune
     prunable.check_globs(settings.fraction, [c.name for c in candidates], "prune.fraction")
     sizes = {c.name: math.prod(c.shape) for c in candidates if c.pruned}
-    groups = masks.make_groups(list(sizes), settings.fraction, settings.scope)
+    groups = masks.make_groups(list(sizes), settings.fraction, settings.scope, settings.rounds)
     return groups, masks.plan(sizes, groups, settings.rounds, settings.until)
 
 
 def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
     """The plan of a resolved recipe. Raises TicketfindError where nothing is left to prune."""
     settings = recipe.prune
-    candidates = prunable.candidates(model, only=settings.only, skip=settings.skip)
-    if not any(c.pruned for c in candidates):
+    found = candidates(recipe, model)
+    if not any(c.pruned for c in found):
         raise TicketfindError(
             f"model {recipe.model.spec!r}: expected a parameter to prune, found none; ticketfind inspect MODEL says why"
         )
-    groups, kept = weights_kept(recipe, candidates)
+    groups, kept = weights_kept(recipe, found)
     if len(kept) < 2:
         raise TicketfindError(
             "prune.fraction: expected to prune a weight in the first round, found that it prunes none"
@@ -92,7 +99,7 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
     apart = settings.mask_stop is not None or settings.every is not None
     drawn = range(0 if settings.every is not None else 1, len(kept) - 1) if apart else range(0)
     early = settings.mask_stop is not None or settings.until_fails
-    parameters, replicates = sum(math.prod(c.shape) for c in candidates), recipe.run.replicates
+    parameters, replicates = sum(math.prod(c.shape) for c in found), recipe.run.replicates
     at_once = min(recipe.run.arms_at_once or 1, replicates)
     optimizer_slots = 2 if recipe.train.optimizer != "sgd" else int(recipe.train.momentum > 0)
     memory = 4 * at_once * (parameters * (2 + optimizer_slots) + kept[0])
@@ -101,7 +108,7 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
     if recipe.train.command is not None:  # what it writes is kept, see commands.by_command
         disk += 4 * parameters * replicates * (measured + (rewind > 0))
     return Plan(
-        candidates,
+        found,
         groups,
         kept,
         rewind,

@@ -89,6 +89,20 @@ def rewind(value: Any) -> Any:
         raise ValueError("0it, an iteration (500it), an epoch (2ep), a share (2%) or lr") from None
 
 
+def pattern(scope: str) -> tuple[int, int] | None:
+    """(2, 4) of ``2:4``; None of a scope that is no N:M pattern."""
+    match = re.fullmatch(r"([1-9]\d?):([1-9]\d?)", scope)
+    found = None if match is None else (int(match[1]), int(match[2]))
+    return found if found and found[0] < found[1] else None
+
+
+def scope(value: Any) -> str:
+    """``layer``, ``global`` or ``N:M``."""
+    if value not in ("layer", "global") and (not isinstance(value, str) or pattern(value) is None):
+        raise ValueError("one of layer, global, or N:M (2:4 keeps two of each four weights along the inputs)")
+    return str(value)
+
+
 def text(value: Any) -> str:
     """A text that is not empty."""
     if not isinstance(value, str) or not value:

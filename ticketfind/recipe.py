@@ -125,8 +125,9 @@ class Prune:
     """Prunings (the dense training, round 0, comes before the first); null: until `until` only."""
     until: float | None = _key(readers.or_null(readers.remaining), None)
     """Stop once the weights remaining are at or below this."""
-    scope: str = _key(readers.choice("layer", "global"), "global")
-    """layer: each tensor loses its fraction; global: one ranking over all tensors of a glob in `fraction`."""
+    scope: str = _key(readers.scope, "global")
+    """layer: each tensor loses its fraction; global: one ranking over all tensors of a glob in `fraction`; N:M (2:4):
+    N of each M consecutive weights along a layer's inputs are kept, one of each M goes in a round, by no fraction."""
     score: str = _key(readers.choice_or_code(*SCORE_NAMES), "magnitude")
     """What is kept: the highest of this score; or module:fn(trained, initial) -> scores. See docs/guide.md."""
     every: Duration | None = _key(readers.or_null(readers.length), None)
@@ -320,8 +321,10 @@ def _rewind(recipe: Recipe, lengths: _Lengths) -> Duration | str:
 def _contradictions(recipe: Recipe) -> Iterator[str]:
     """Faults that need no look at the data."""
     model, train, prune, run = recipe.model, recipe.train, recipe.prune, recipe.run
-    if prune.rounds is None and prune.until is None:
+    if prune.rounds is None and prune.until is None and not readers.pattern(prune.scope):
         yield "prune.rounds: expected a number where prune.until is not given, found null"
+    if prune.until is not None and readers.pattern(prune.scope):
+        yield f"prune.until: expected null with scope {prune.scope}, which says how much is left, found {prune.until:g}"
     if train.momentum and train.optimizer != "sgd":
         yield f"train.momentum: expected 0 for {train.optimizer}, found {train.momentum:g}"
     if bool(train.milestones) != (train.schedule == "step"):
@@ -351,6 +354,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
 def _drawing_contradictions(prune: Prune, train: Train) -> Iterator[str]:
     if prune.every is not None and prune.mask_stop is not None:
         yield "prune.mask_stop: expected null beside prune.every, found both"
+    if prune.every is not None and readers.pattern(prune.scope):
+        yield f"prune.every: expected null with the pattern {prune.scope}, found {prune.every}"
     if prune.every is not None and prune.score in BEFORE_TRAINING:
         yield f"prune.every: expected null with {prune.score}, which looks at no training, found {prune.every}"
     if not prune.ahead:

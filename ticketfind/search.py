@@ -312,7 +312,7 @@ class _Job:
             else self.drawing.of_training(arm, initial, outcome.final, outcome.path, rounds=rounds)
         )
         for number, new in enumerate(drawn, round + 1):
-            self.hold(arm, outcome, invariants.of_pruning(new, old, self.plan.kept[number]))
+            self.hold(arm, outcome, invariants.of_pruning(new, old, self.plan.kept[number], self.plan.groups, number))
             old = new
         if self.plan.moves:
             _, about = read_tensors(self.run.start_file(replicate, 0), "rewind point")

@@ -36,6 +36,9 @@ def show_plan(screen: Screen, recipe: "Recipe", plan: "Plan") -> None:
     twice = f", {plural(len(plan.drawn), 'round')} trained twice, once for the mask" if plan.drawn else ""
     screen.print(escape(layers.to_yaml(recipe)))
     screen.print(_rounds_table(plan.kept, plan.iterations))
+    for candidate in plan.candidates:
+        if candidate.is_left_whole:
+            screen.message(f"{candidate.name} is {candidate.reason}")
     screen.result(
         f"{plural(recipe.run.replicates, 'replicate')}, {'at most ' if plan.may_end_early else ''}{total:,} iterations"
         f" in all{twice};"
