@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from ticketfind import forks
+from ticketfind.arms import Arm
 from ticketfind.devices import Way
 from ticketfind.nets import NETS
-from ticketfind.train import Arm, fit
+from ticketfind.train import fit
 
 
 @pytest.mark.parametrize(

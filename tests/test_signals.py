@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ticketfind import course, masks, signals, tensorfile, terminal
+from ticketfind import course, scores, signals, tensorfile, terminal
 
 SEARCH = [
     "search", "--iterations", "40", "--rounds", "2", "--replicates", "2", "--set", "train.eval_every=20",
@@ -42,7 +42,7 @@ def on_call(patch: pytest.MonkeyPatch, where: Any, name: str, number: int, do: C
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "training": (signals, "heed", 3),
     "evaluation": (course.Drawn, "so_far", 2),
-    "pruning": (masks, "score", 1),
+    "pruning": (scores, "scored", 1),
     "write": (tensorfile, "save_file", 3),
 }
 """Functions that are called then in a search, and at which call it is stopped."""

@@ -68,13 +68,13 @@ def search(
 
 def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") -> None:
     began = time.monotonic()
-    from ticketfind import assemble, contents, plan, rundir, terminal, views
+    from ticketfind import assemble, contents, outlook, plan, rundir, terminal, views
     from ticketfind import search as searching
 
     recipe, task = assemble.assemble(asked)
     planned, score = plan.make_plan(recipe, task.model), assemble.score_of(recipe)
     if dry_run:
-        return views.show_plan(screen, recipe, planned)
+        return outlook.show_plan(screen, recipe, planned)
     run = rundir.claim(recipe, out)
     rounds = contents.finished_rounds(run, recipe)
     if run.is_finished and rounds:
@@ -82,7 +82,7 @@ def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") 
         views.show_rounds(screen, rounds)
     else:
         doing = "goes on with" if run.recipe_file.exists() else "searches"
-        replicates = views.plural(recipe.run.replicates, "replicate")
+        replicates = terminal.plural(recipe.run.replicates, "replicate")
         what = views.subject(recipe.model.spec, recipe.data.spec)
         screen.message(f"{run.path}: {doing} {what}, {replicates}, {task.device}")
         with _resumable(run, screen), terminal.SearchWatch(screen, signals.heed) as watch:
@@ -203,7 +203,7 @@ def inspect(
 
 
 def _inspect_model(spec: str, settings: options.Settings, screen: "Screen") -> None:
-    from ticketfind import assemble, layers, plan, train, views
+    from ticketfind import assemble, layers, outlook, plan, train
 
     data = settings.get("data.spec")
     base = layers.base_layers(None, spec, data)
@@ -211,16 +211,16 @@ def _inspect_model(spec: str, settings: options.Settings, screen: "Screen") -> N
     asked = layers.from_layers(*base, layers.nested({"model.spec": spec, **settings}))
     if data is None:
         found = plan.candidates(asked, assemble.model_alone(asked))
-        return views.show_model(screen, spec, found, plan.weights_kept(asked, found)[1])
+        return outlook.show_model(screen, spec, found, plan.weights_kept(asked, found)[1])
     recipe, task = assemble.assemble(asked)
     found = plan.candidates(recipe, task.model)
     kept = plan.weights_kept(recipe, found)[1]
     if len(kept) < 2:
-        return views.show_model(screen, spec, found, kept)
+        return outlook.show_model(screen, spec, found, kept)
     assert task.data is not None
     planned = plan.make_plan(recipe, task.model)
     seconds = [] if recipe.train.is_external else train.step_seconds(task, recipe.train)
-    views.show_model(screen, spec, found, kept, views.Outlook(recipe, planned, task.data.resident_bytes, seconds))
+    outlook.show_model(screen, spec, found, kept, outlook.Outlook(recipe, planned, task.data.resident_bytes, seconds))
 
 
 # ----------------------------------------------------------------------------------------------- recipes
@@ -253,7 +253,7 @@ def bench(
     quiet: options.Quiet = False,
 ) -> None:
     """Time training steps on this machine, one arm and several, against the loop that people write; about a minute."""
-    from ticketfind import assemble, devices, layers, terminal, views
+    from ticketfind import assemble, devices, layers, outlook, terminal
     from ticketfind import bench as timing
 
     screen = terminal.Screen(as_json=as_json, quiet=quiet)
@@ -267,7 +267,7 @@ def bench(
         found = timing.measure(cases, blocks=blocks, seconds=seconds, tick=progress.tick)
     for text in dict.fromkeys(note for case in cases for note in case.notes):
         screen.message(text)
-    views.show_bench(screen, recipe, found)
+    outlook.show_bench(screen, recipe, found)
 
 
 # --------------------------------------------------------------------------------------------- the program

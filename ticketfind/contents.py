@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ticketfind import TicketfindError, __version__, results
+from ticketfind.provenance import Provenance
 from ticketfind.recipe import Recipe
 from ticketfind.rundir import RunDir
 from ticketfind.tensorfile import read_tensors
-from ticketfind.ticket import Provenance, Ticket, read_start
+from ticketfind.ticket import Ticket, read_start
 
 
 def finished_rounds(run: RunDir, recipe: Recipe | None = None) -> list[results.Round]:
