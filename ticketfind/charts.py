@@ -63,8 +63,10 @@ def of_run(
         [_against_weights(rounds, found, "early_stop", "early-stop iteration", 1)],
         by_weights=True,
     )
-    shown = sorted({0, (chosen.round or rounds[-1].round) // 2, chosen.round, rounds[-1].round})
-    if learning := [line for place, r in enumerate(shown) for line in _learning(rounds[r], curves(log, r), place)]:
+    last = len(rounds) - 1
+    winner = rounds.index(chosen)
+    shown = [rounds[place] for place in sorted({0, (winner or last) // 2, winner, last})]
+    if learning := [line for place, r in enumerate(shown) for line in _learning(r, curves(log, r.round), place)]:
         yield Chart(
             "curves",
             "Learning curves",
