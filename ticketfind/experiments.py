@@ -1,5 +1,6 @@
 """One function per question asked of a ticket; each returns a plain dataclass."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -7,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ticketfind import TicketfindError, masks, results, student
+from ticketfind import TicketfindError, masks, results, student, transfer
 from ticketfind.batches import derived_seed
 from ticketfind.course import Failed
 from ticketfind.devices import EAGER, Way
@@ -44,16 +46,19 @@ class Design:
     """Of EXTRAS."""
     trained: Sequence[State] = ()
     """For one-shot: the dense network's trained weights of each ticket's replicate."""
+    against: Sequence[Ticket] = ()
+    """Other tickets for the same network, which are trained beside these: a single one, or one for each replicate."""
 
     @property
     def trainings(self) -> int:
         """Trainings, if none is left out."""
-        kinds = 2 * (1 + len(self.noise)) + len(CONTROLS) + len(self.extras)
+        kinds = 2 * (1 + len(self.noise)) + len(CONTROLS) + len(self.extras) + bool(self.against)
         return len(self.tickets) * self.trials * kinds
 
-    def replicate(self, trial: int) -> int:
-        """Which replicate's mean a trial, counted over all tickets, goes into."""
-        return trial % len(self.tickets) if len(self.tickets) > 1 else trial
+    def replicate(self, trial: int, *, against: bool = False) -> int:
+        """Which replicate's mean a trial, counted over all tickets, goes into; of those to compare with the like."""
+        tickets = self.against if against and len(self.against) > 1 else self.tickets
+        return trial % len(tickets) if len(tickets) > 1 else trial
 
 
 def default_trials(tickets: int, is_run: bool) -> int:
@@ -73,8 +78,10 @@ class Evaluation:
 
     remaining: float
     """Weights remaining, a fraction."""
+    against: float | None
+    """Those of the tickets of `Design.against`; None without any."""
     arms: dict[str, Stats]
-    """dense, ticket, noise=S, dense noise=S, reinit, random, one-shot, init-magnitude, weight-noise=S, dense
+    """dense, ticket, against, noise=S, dense noise=S, reinit, random, one-shot, init-magnitude, weight-noise=S, dense
     weight-noise=S, as far as they could be trained. A replicate's value is the mean over its trials."""
     trials: int
     """Trainings of each replicate."""
@@ -113,19 +120,13 @@ def evaluate(
     the files of an outside program that trains.
     Raises TicketfindError where the ticket does not fit the task's model.
     """
-    for ticket in design.tickets:
+    design, new = _onto(design, task)
+    for ticket in (*design.tickets, *design.against):
         _check(ticket, task, how)
     of = len(design.tickets)
-    cases = [
-        _Case(
-            design.tickets[trial % of],
-            first_seed + trial,
-            design.replicate(trial),
-            design.trained[trial % of] if design.trained else None,
-        )
-        for trial in range(of * design.trials)
-    ]
-    arms, notes = _arms(design, cases, task, groups)
+    arms, notes = _arms(design, first_seed, task, groups)
+    if new:
+        notes.insert(0, f"these data have other classes: {', '.join(new)} start afresh and keep all their weights")
     check_memory(task, how, way, len(arms))
     measured: dict[str, dict[int, list[Measured]]] = {}
     test_size, lost = None, 0
@@ -161,6 +162,7 @@ def evaluate(
     remaining = design.tickets[0].remaining
     return Evaluation(
         remaining=remaining,
+        against=design.against[0].remaining if design.against else None,
         arms=stats,
         trials=design.trials if of > 1 else 1,
         verdict=verdict(stats, remaining, tolerance=tolerance, test_size=test_size, lost=lost),
@@ -178,10 +180,39 @@ def _shaken(
         yield level, outcome
 
 
+def _onto(design: Design, task: Task) -> tuple[Design, list[str]]:
+    """The design in the task's network, and the entries of a head that is new there."""
+    wanted = {name: value for name, value in task.model.state_dict().items() if isinstance(value, Tensor)}
+    new = transfer.head(design.tickets[0].init, wanted)
+
+    def onto(ticket: Ticket) -> Ticket:
+        fits = not transfer.head(ticket.init, wanted)
+        return ticket if fits else transfer.onto(ticket, task.fresh(ticket.first_seed))
+
+    moved = dataclasses.replace(
+        design,
+        tickets=[onto(ticket) for ticket in design.tickets],
+        against=[onto(ticket) for ticket in design.against],
+        trained=() if new else design.trained,
+    )
+    return moved, new
+
+
 def _arms(
-    design: Design, cases: Sequence[_Case], task: Task, groups: Sequence[masks.Group]
+    design: Design, first_seed: int, task: Task, groups: Sequence[masks.Group]
 ) -> tuple[list[tuple[str, Arm, _Case]], list[str]]:
     """The arms, each with its kind (a key of `Evaluation.arms`) and its case, and notes on those left out."""
+    trials = range(len(design.tickets) * design.trials)
+
+    def case_of(
+        trial: int, tickets: Sequence[Ticket], trained: Sequence[State] = (), *, against: bool = False
+    ) -> _Case:
+        which = trial % len(tickets)
+        replicate = design.replicate(trial, against=against)
+        return _Case(tickets[which], first_seed + trial, replicate, trained[which] if trained else None)
+
+    cases = [case_of(trial, design.tickets, design.trained) for trial in trials]
+    others = [case_of(trial, design.against, against=True) for trial in trials if design.against]
     notes = []
     fresh = _why_no_original(design.tickets[0])
     original = not (fresh and design.tickets[0].from_checkpoint)
@@ -215,6 +246,8 @@ def _arms(
         add("dense", case, start, {}, first)
     for case in cases:
         add("ticket", case, case.ticket.init, case.ticket.masks, case.ticket.about.iteration)
+    for case in others:
+        add("against", case, case.ticket.init, case.ticket.masks, case.ticket.about.iteration)
     for level in design.noise:
         for case in cases:
             start = noisy(case.ticket, level, case.seed, case.ticket.init)
@@ -234,7 +267,7 @@ def _arms(
                 start, first = original_weights(case)
                 add(kind, case, start, masks.magnitude_like(case.ticket.masks, weights, groups), first)
         if all(found != kind for found, _, _ in arms):
-            why = fresh or "the dense network's trained weights are in a run, not in a ticket file"
+            why = fresh or "the dense network's trained weights for these classes are in a run, not in a ticket file"
             notes.append(f"{kind} is left out: {why}")
     return arms, notes
 
@@ -343,36 +376,3 @@ def _check(ticket: Ticket, task: Task, how: Train) -> None:
             f"ticket metadata iteration: expected 0 to {iterations - 1}, before the training's end,"
             f" found {ticket.about.iteration}"
         )
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How much two tickets agree."""
-
-    same_masks: bool
-    same_init: bool
-    """Every initial weight and buffer equal, bit for bit."""
-    tensors: dict[str, masks.Overlap]
-
-    @property
-    def total(self) -> masks.Overlap:
-        """All tensors as one."""
-        return masks.total(self.tensors.values())
-
-
-def difference(a: Ticket, b: Ticket) -> Difference:
-    """Compare two tickets. Raises TicketfindError where they are of different networks."""
-    overlaps = masks.compare(a.masks, b.masks)
-    tied = {**b.about.aliases, **a.about.aliases}
-
-    def is_same(name: str) -> bool:
-        ours, theirs = a.init[name], b.init[name]
-        masked = tied.get(name, name)
-        if masked in a.masks and not (a.complete and b.complete):  # a compact ticket holds what its mask keeps
-            both = a.masks[masked] & b.masks[masked]
-            ours, theirs = ours[both], theirs[both]
-        return torch.equal(ours, theirs)
-
-    same_init = a.init.keys() == b.init.keys() and all(map(is_same, a.init))
-    same_masks = all(torch.equal(a.masks[name], b.masks[name]) for name in a.masks)
-    return Difference(same_masks, same_init, overlaps)

@@ -178,6 +178,14 @@ Controls = Annotated[
         "A further control: pruned once to the same density, by the trained dense weights or by the initial ones.",
     ),
 ]
+Against = Annotated[
+    Path | None,
+    _option(
+        "--against",
+        "Another ticket, to be trained beside it, as one found on these data; of a run: the round nearest in density.",
+        metavar="TICKET|RUN",
+    ),
+]
 Trials = Annotated[
     Whole, _option("--trials", "Trainings of each ticket; default: as many as make ten over a run's replicates.", min=1)
 ]
