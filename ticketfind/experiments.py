@@ -124,9 +124,7 @@ def evaluate(
     for ticket in (*design.tickets, *design.against):
         _check(ticket, task, how)
     of = len(design.tickets)
-    arms, notes = _arms(design, first_seed, task, groups)
-    if new:
-        notes.insert(0, f"these data have other classes: {', '.join(new)} start afresh and keep all their weights")
+    arms, notes = _arms(design, new, first_seed, task, groups)
     check_memory(task, how, way, len(arms))
     measured: dict[str, dict[int, list[Measured]]] = {}
     test_size, lost = None, 0
@@ -199,7 +197,7 @@ def _onto(design: Design, task: Task) -> tuple[Design, list[str]]:
 
 
 def _arms(
-    design: Design, first_seed: int, task: Task, groups: Sequence[masks.Group]
+    design: Design, new: Sequence[str], first_seed: int, task: Task, groups: Sequence[masks.Group]
 ) -> tuple[list[tuple[str, Arm, _Case]], list[str]]:
     """The arms, each with its kind (a key of `Evaluation.arms`) and its case, and notes on those left out."""
     trials = range(len(design.tickets) * design.trials)
@@ -214,6 +212,8 @@ def _arms(
     cases = [case_of(trial, design.tickets, design.trained) for trial in trials]
     others = [case_of(trial, design.against, against=True) for trial in trials if design.against]
     notes = []
+    if new:
+        notes.append(f"these data have other classes: {', '.join(new)} start afresh and keep all their weights")
     fresh = _why_no_original(design.tickets[0])
     original = not (fresh and design.tickets[0].from_checkpoint)
     if fresh:
@@ -267,7 +267,8 @@ def _arms(
                 start, first = original_weights(case)
                 add(kind, case, start, masks.magnitude_like(case.ticket.masks, weights, groups), first)
         if all(found != kind for found, _, _ in arms):
-            why = fresh or "the dense network's trained weights for these classes are in a run, not in a ticket file"
+            where = "for other classes" if new else "in a run, not in a ticket file"
+            why = fresh or f"the dense network's trained weights are {where}"
             notes.append(f"{kind} is left out: {why}")
     return arms, notes
 
