@@ -26,6 +26,13 @@ def evaluation_json(found: "Evaluation", ticket: str, data: str, seconds: float)
         "trials": found.trials,
         "arms": {name: stats.json() for name, stats in found.arms.items()},
         "comparisons": [asdict(comparison) for comparison in found.verdict.comparisons],
+        "attacks": {
+            name: {
+                "arms": {arm: accuracy.json() for arm, accuracy in attacked.arms.items()},
+                "comparisons": [asdict(comparison) for comparison in attacked.comparisons],
+            }
+            for name, attacked in found.attacks.items()
+        },
         "margin": found.verdict.margin,
         "verdict": found.verdict.text,
         "notes": list(found.notes),
@@ -42,18 +49,26 @@ def show_evaluation(screen: Screen, found: "Evaluation", described: Mapping[str,
     columns = ("", "at early stop", "at the end", "stops at", "ticket above it by")
     shown = (0, 1, 4) if screen.console.width < 72 else (0, 1, 3, 4) if screen.console.width < 88 else range(5)
     screen.print(table([columns[n] for n in shown], [[row[n] for n in shown] for row in rows]))
+    for name, attacked in found.attacks.items():
+        by_other = {c.other: c for c in attacked.comparisons}
+        under = [(arm, spread(accuracy), _above(by_other.get(arm))) for arm, accuracy in attacked.arms.items()]
+        screen.print(table((name, "at the end", "ticket above it by"), under))
     screen.result(found.verdict.text, described)
 
 
 def _arm_row(name: str, stats: Stats, to_ticket: "Comparison | None") -> tuple[str, ...]:
     stops = "" if "weight-noise" in name else f"{stats.early_stop.mean:,.0f}"
-    above = ""
-    if to_ticket is not None:
-        above = f"{100 * to_ticket.difference:+.2f}"
-        if to_ticket.interval is not None:
-            low, high = (100 * bound for bound in to_ticket.interval)
-            above += f" [{low:+.2f}, {high:+.2f}]"
-    return name, spread(stats.accuracy_early), spread(stats.accuracy_end), stops, above
+    return name, spread(stats.accuracy_early), spread(stats.accuracy_end), stops, _above(to_ticket)
+
+
+def _above(to_ticket: "Comparison | None") -> str:
+    if to_ticket is None:
+        return ""
+    above = f"{100 * to_ticket.difference:+.2f}"
+    if to_ticket.interval is None:
+        return above
+    low, high = (100 * bound for bound in to_ticket.interval)
+    return f"{above} [{low:+.2f}, {high:+.2f}]"
 
 
 def show_difference(screen: Screen, found: "Difference", between: "Between | None") -> None:

@@ -4,13 +4,14 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ticketfind import TicketfindError, masks, results, student, transfer
+from ticketfind import TicketfindError, attack, masks, results, transfer
+from ticketfind.attack import Attack, Attacked
 from ticketfind.batches import derived_seed
 from ticketfind.course import Failed
 from ticketfind.devices import EAGER, Way
@@ -46,6 +47,10 @@ class Design:
     """Of EXTRAS."""
     trained: Sequence[State] = ()
     """For one-shot: the dense network's trained weights of each ticket's replicate."""
+    attacks: Sequence[Attack] = ()
+    """What test inputs are changed by, to mislead the networks after their training."""
+    attack_examples: int = 1000
+    """Test examples that are attacked, at most."""
     against: Sequence[Ticket] = ()
     """Other tickets for the same network, which are trained beside these: a single one, or one for each replicate."""
 
@@ -88,6 +93,8 @@ class Evaluation:
     verdict: Verdict
     notes: tuple[str, ...]
     """What was left out, and why."""
+    attacks: dict[str, Attacked] = field(default_factory=dict)
+    """By the attack's name, without one ("clean") first; with the weights at the end of each training."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +129,12 @@ def evaluate(
     """
     design, new = _onto(design, task)
     for ticket in (*design.tickets, *design.against):
-        _check(ticket, task, how)
+        check(ticket, task, how)
     of = len(design.tickets)
     arms, notes = _arms(design, new, first_seed, task, groups)
     check_memory(task, how, way, len(arms))
+    under_attack = attack.prepare(task, design.attacks, design.attack_examples) if design.attacks else None
+    robust: dict[str, dict[str, dict[int, list[float]]]] = {}
     measured: dict[str, dict[int, list[Measured]]] = {}
     test_size, lost = None, 0
     if design.weight_noise and task.data is None:
@@ -139,6 +148,8 @@ def evaluate(
                 continue
             measured.setdefault(kind, {}).setdefault(case.replicate, []).append(outcome.measured)
             test_size = outcome.test_size
+            for name, accuracy in under_attack(outcome.final).items() if under_attack else ():
+                robust.setdefault(name, {}).setdefault(kind, {}).setdefault(case.replicate, []).append(accuracy)
             if kind in ("ticket", "dense") and task.data is not None:
                 for level, found in _shaken(design, case, arm, outcome.final, task, how):
                     name = f"weight-noise={level:g}" if kind == "ticket" else f"dense weight-noise={level:g}"
@@ -165,6 +176,7 @@ def evaluate(
         trials=design.trials if of > 1 else 1,
         verdict=verdict(stats, remaining, tolerance=tolerance, test_size=test_size, lost=lost),
         notes=tuple(notes),
+        attacks={name: Attacked.of(found, design.attack_examples) for name, found in robust.items()},
     )
 
 
@@ -312,63 +324,7 @@ def noisy(ticket: Ticket, level: float, seed: int, weights: State) -> State:
     return state
 
 
-@dataclass(frozen=True)
-class Retraining:
-    """A ticket trained once more, as the search had trained it, beside what the search claims."""
-
-    accuracy: float
-    """At early stop, a fraction."""
-    claimed: results.Spread
-    """That of the search's replicates."""
-    low: float
-    high: float
-    """Where one more training is to be expected, with 95 %."""
-
-    @property
-    def is_inside(self) -> bool:
-        """Whether the claim holds."""
-        return self.low <= self.accuracy <= self.high
-
-
-def retrain(
-    ticket: Ticket, task: Task, how: Train, *, tick: Tick = lambda n: None, folder: Path | None = None
-) -> Retraining:
-    """Train `ticket` with the seed that the search had for it, and compare with the accuracy that it claims.
-
-    The interval is that of one further observation beside n (Student): mean ± t * sd * sqrt(1 + 1/n); with one, or
-    without any spread, that of a proportion over the test set; one test example at the least.
-    Raises TicketfindError where the ticket claims nothing, does not fit the task's model, or fails to train.
-    """
-    claimed = _claimed(ticket)
-    arm = Arm(
-        "the ticket", ticket.init, ticket.masks, ticket.first_seed, ticket.about.iteration, ticket.about.round,
-        ticket.about.replicate,
-    )  # fmt: skip
-    _check(ticket, task, how)
-    ((_, outcome),) = fit([arm], task, how, tick=tick, folder=folder)
-    if isinstance(outcome, Failed):
-        raise TicketfindError(f"the ticket failed to train: {outcome.reason}")
-    least = 1 / outcome.test_size if outcome.test_size else 1e-6
-    n, p = len(claimed.values), min(max(claimed.mean, 0.0), 1.0)
-    if claimed.sd:
-        width = student.quantile(0.975, n - 1) * claimed.sd * math.sqrt(1 + 1 / n)
-    else:
-        width = 1.96 * math.sqrt(p * (1 - p) * least)
-    width = max(width, least) + 1e-9
-    accuracy = outcome.measured.accuracy_early
-    return Retraining(accuracy, claimed, claimed.mean - width, claimed.mean + width)
-
-
-def _claimed(ticket: Ticket) -> results.Spread:
-    claims = ticket.about.claims.get("ticket")
-    early = claims.get("accuracy_early") if isinstance(claims, dict) else None
-    values = early.get("values") if isinstance(early, dict) else None
-    if not isinstance(values, list) or not values or not all(isinstance(v, float) for v in values):
-        raise TicketfindError("ticket metadata claims: expected the accuracies that the search measured, found none")
-    return results.Spread.of(values)
-
-
-def _check(ticket: Ticket, task: Task, how: Train) -> None:
+def check(ticket: Ticket, task: Task, how: Train) -> None:
     """Raise TicketfindError unless the ticket is of the task's network, and begins before the training's end."""
     ticket.check_fits(task.model)
     iterations = int(how.iterations)

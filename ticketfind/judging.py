@@ -28,6 +28,8 @@ def evaluate(
     weight_noise: options.WeightNoise = None,
     control: options.Controls = None,
     against: options.Against = None,
+    attack: options.Attacks = None,
+    attack_examples: options.AttackExamples = 1000,
     trials: options.Trials = None,
     round: options.Round = None,
     settings: options.Settings,
@@ -42,6 +44,7 @@ def evaluate(
     """
     began = time.monotonic()
     from ticketfind import answers, assemble, contents, devices, experiments, files, masks, terminal
+    from ticketfind.attack import Attack
     from ticketfind.ticket import load_ticket
 
     screen = terminal.Screen(as_json=as_json, quiet=quiet)
@@ -59,6 +62,8 @@ def evaluate(
         extras=extras,
         trained=contents.dense_weights(run, tickets) if run is not None and "one-shot" in extras else (),
         against=others,
+        attacks=[Attack(*each) for each in options.attacks(attack or [])],
+        attack_examples=attack_examples,
     )
     seed = settings.pop("run.seed", None)  # of the trials; the recipe's own decides which examples are held out
     trusted = trust or run is not None
@@ -230,7 +235,7 @@ def verify(
 
 
 def _retrained(file: Path, settings: dict[str, Any], trust: bool, screen: "Screen") -> "Check":
-    from ticketfind import assemble, experiments, terminal
+    from ticketfind import assemble, retraining, terminal
     from ticketfind import verify as checks
     from ticketfind.ticket import load_ticket
 
@@ -243,5 +248,5 @@ def _retrained(file: Path, settings: dict[str, Any], trust: bool, screen: "Scree
     ):
         progress.begin(int(recipe.train.iterations) - ticket.about.iteration, 0)
         return checks.of_retraining(
-            experiments.retrain(ticket, task, recipe.train, tick=progress.tick, folder=Path(folder))
+            retraining.retrain(ticket, task, recipe.train, tick=progress.tick, folder=Path(folder))
         )
