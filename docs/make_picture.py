@@ -8,9 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ticketfind import results, terminal, views
+from ticketfind import answers, results, terminal, views
 from ticketfind.experiments import Evaluation
 from ticketfind.rundir import RunDir
+from ticketfind.verdict import Comparison, Verdict
 
 
 def main(run: RunDir, out: Path) -> None:
@@ -29,11 +30,22 @@ def main(run: RunDir, out: Path) -> None:
     levels = [f"--noise {name.removeprefix('noise=')}" for name in described["arms"] if name.startswith("noise=")]
     screen.message("\n" + " ".join(["$ ticketfind eval", *levels]))
     arms = {
-        name: results.Stats(*(results.Spread(**stats[key]) for key in ("accuracy_early", "accuracy_end", "early_stop")))
+        name: results.Stats(
+            *(results.Spread.of(stats[key]["values"]) for key in ("accuracy_early", "accuracy_end", "early_stop"))
+        )
         for name, stats in described["arms"].items()
     }
-    found = Evaluation(described["remaining"], arms, described["verdict"], tuple(described["notes"]))
-    views.show_evaluation(screen, found, described)
+    found = Evaluation(
+        remaining=described["remaining"],
+        against=described["against"],
+        arms=arms,
+        trials=described["trials"],
+        verdict=Verdict(
+            described["verdict"], described["margin"], tuple(Comparison(**each) for each in described["comparisons"])
+        ),
+        notes=tuple(described["notes"]),
+    )
+    answers.show_evaluation(screen, found, described)
     picture = screen.console.export_svg(title="ticketfind")
     out.write_text(re.sub(r"@font-face\s*{[^}]*}", "", picture), encoding="utf-8")  # no fonts from elsewhere
 

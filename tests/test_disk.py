@@ -13,9 +13,9 @@ import pytest
 
 from ticketfind import TicketfindError, tensorfile
 from ticketfind import contents as contents_of_runs
+from ticketfind.arms import Task
 from ticketfind.recipe import Recipe
 from ticketfind.rundir import RunDir
-from ticketfind.train import Task
 
 SEARCH = [
     sys.executable, "-m", "ticketfind", "search", "--iterations", "150", "--rounds", "3", "--replicates", "2",

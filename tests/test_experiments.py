@@ -17,7 +17,7 @@ from ticketfind import TicketfindError, contents, experiments, masks, results
 from ticketfind.arms import Arm, Outcome, Task
 from ticketfind.batches import Split
 from ticketfind.devices import EAGER, Way
-from ticketfind.experiments import Design, Evaluation, default_trials, difference, noisy
+from ticketfind.experiments import Design, Evaluation, default_trials, noisy
 from ticketfind.recipe import Recipe, Train
 from ticketfind.rundir import RunDir
 from ticketfind.ticket import Ticket, load_ticket
@@ -449,37 +449,3 @@ def test_a_ticket_that_fails_to_train_is_left_out_and_counted(
     }  # fmt: skip
     assert found.verdict.text.startswith("inconclusive") and "1 of its trainings failed" in found.verdict.text
     assert any(note.startswith("ticket, seed 1: the loss is not finite") for note in found.notes)
-
-
-# ------------------------------------------------------------------------------------------- difference
-
-
-def test_difference(make_task: Callable[..., Task], make_ticket: Callable[..., Ticket]) -> None:
-    task = make_task("normed")
-    a, other = make_ticket(task, seed=0), make_ticket(task, seed=1)
-    equal = difference(a, make_ticket(task, seed=0))
-    assert equal.same_masks and equal.same_init and equal.total.jaccard == 1 and equal.total.agreement == 1
-    found = difference(a, other)
-    assert not found.same_masks and not found.same_init
-    both = sum(int((a.masks[name] & other.masks[name]).sum()) for name in a.masks)
-    assert found.total.kept_both == both
-    assert (found.total.size, found.total.kept_a) == (256, masks.count(a.masks))
-    assert abs(found.total.agreement) < 0.2  # independent masks
-
-
-@pytest.mark.parametrize("changed", ["norm.running_var", "norm.num_batches_tracked", "fc2.bias", "fc1.weight"])
-def test_difference_sees_any_bit_of_the_initial_weights(
-    changed: str, make_task: Callable[..., Task], make_ticket: Callable[..., Ticket]
-) -> None:
-    task = make_task("normed")
-    a, b = make_ticket(task), make_ticket(task)
-    b.init[changed].view(-1)[:1].add_(1)
-    found = difference(a, b)
-    assert found.same_masks and not found.same_init
-
-
-def test_tickets_of_different_networks_are_not_compared(
-    make_task: Callable[..., Task], make_ticket: Callable[..., Ticket]
-) -> None:
-    with pytest.raises(TicketfindError, match=r"masks of different networks: fc3\.weight only in one of them"):
-        difference(make_ticket(make_task()), make_ticket(make_task("normed")))

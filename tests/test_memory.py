@@ -107,7 +107,7 @@ def test_comparing_reads_tensor_by_tensor(two: list[Path]) -> None:
     """A process of its own: what it holds but for pages of files, which the system takes back when it needs to."""
     program = """
 import sys
-from ticketfind.experiments import difference
+from ticketfind.agreement import difference
 from ticketfind.ticket import load_ticket
 def held(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
 before = held()

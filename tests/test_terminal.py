@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from ticketfind import terminal, views
-from ticketfind.experiments import Difference
+from ticketfind import answers, terminal
+from ticketfind.agreement import Difference
 from ticketfind.masks import Overlap
 from ticketfind.results import Round, Spread, Stats
 
@@ -21,7 +21,7 @@ def shown(width: int) -> tuple[terminal.Screen, io.StringIO]:
 def test_tables_never_cut_a_number_or_a_name(width: int) -> None:
     screen, text = shown(width)
     overlap = Overlap(size=1234567, kept_a=765432, kept_b=654321, kept_both=543210, expected_both=405691.2)
-    views.show_difference(screen, Difference(False, False, {"layers.10.attention.weight": overlap}))
+    answers.show_difference(screen, Difference(False, False, {"layers.10.attention.weight": overlap}), None)
     found = text.getvalue().replace("\n", " ")
     for whole in (
         "layers.10.attention.weight",

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
-from ticketfind import TicketfindError, contents, experiments, results, verify
+from ticketfind import TicketfindError, contents, results, retraining, verify
 from ticketfind.arms import Task
 from ticketfind.recipe import Recipe
 from ticketfind.results import Round
@@ -150,7 +150,7 @@ def test_an_unfinished_run(run: RunDir) -> None:
 
 def test_the_search_is_repeated_to_the_last_digit(run: RunDir, make_recipe: MakeRecipe, make_task: MakeTask) -> None:
     ticket = load_ticket(run.ticket_file)
-    found = experiments.retrain(ticket, make_task("normed"), make_recipe().train)
+    found = retraining.retrain(ticket, make_task("normed"), make_recipe().train)
     rounds = contents.finished_rounds(run)
     own = rounds[ticket.about.round].stats.accuracy_early
     assert found.accuracy == own.values[ticket.about.replicate] and found.is_inside
@@ -165,7 +165,7 @@ def test_a_claim_that_is_not_reached(run: RunDir, make_recipe: MakeRecipe, make_
     ticket = load_ticket(run.ticket_file)
     claimed = results.Spread.of([0.991, 0.992, 0.993])
     ticket.about.claims["ticket"]["accuracy_early"] = claimed.json() | {"values": [*claimed.values]}
-    found = experiments.retrain(ticket, make_task("normed"), make_recipe().train)
+    found = retraining.retrain(ticket, make_task("normed"), make_recipe().train)
     check = verify.of_retraining(found)
     assert check.passed is False and "to be expected from 99.20%" in check.found
 

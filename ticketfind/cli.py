@@ -12,6 +12,7 @@ import typer
 from ticketfind import TicketfindError, __version__, judging, options, signals, targets
 
 if TYPE_CHECKING:
+    from ticketfind.agreement import Between
     from ticketfind.recipe import Recipe
     from ticketfind.rundir import RunDir
     from ticketfind.terminal import Screen
@@ -145,20 +146,34 @@ def diff(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Show how much two masks agree, against chance, and whether the initial weights are the same."""
-    from ticketfind import experiments, terminal, views
+    """Show how much two masks agree, against chance, and whether the initial weights are the same.
+
+    Of two runs (or a run and itself) also every replicate's mask with every other's.
+    """
+    from ticketfind import agreement, answers, terminal
 
     screen = terminal.Screen(as_json=as_json, quiet=quiet)
     try:
         (one, _), (other, _) = (targets.ticket_at(side, round, replicate) for side in (a, b))
-        found = experiments.difference(one, other)
+        found = agreement.difference(one, other)
+        between = _between(a, b, round) if replicate is None else None
     except TicketfindError as error:
         if exit_code:
             _fail(error, 2)
         raise
-    views.show_difference(screen, found)
-    if exit_code and not (found.same_masks and found.same_init):
+    answers.show_difference(screen, found, between)
+    if exit_code and not found.is_none:
         raise typer.Exit(1)
+
+
+def _between(a: Path, b: Path, round: int | None) -> "Between | None":
+    from ticketfind import agreement, contents
+
+    one, other = targets.run_at(a), targets.run_at(b)
+    if one is None or other is None:
+        return None
+    is_same = one.path.resolve() == other.path.resolve()
+    return agreement.between(contents.tickets(one, round), None if is_same else contents.tickets(other, round))
 
 
 # ----------------------------------------------------------------------------------------------- inspect

@@ -1,5 +1,6 @@
 """What a run holds: its finished rounds, and the tickets of any of them."""
 
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,3 +107,14 @@ def tickets(run: RunDir, round: int | None) -> list[Ticket]:
     number, recipe = chosen(run, round).round, run.recipe()
     there = _replicates(run, recipe, finished_rounds(run, recipe), number)
     return [load(run, number, replicate) for replicate in there]
+
+
+def nearest_round(run: RunDir, remaining: float) -> int:
+    """The pruned round of a run whose weights remaining are nearest to this fraction, by their ratio.
+
+    Raises TicketfindError where the run has none.
+    """
+    rounds = finished_rounds(run)
+    if len(rounds) < 2:
+        return chosen(run, None).round
+    return min(rounds[1:], key=lambda found: abs(math.log(found.remaining / remaining))).round

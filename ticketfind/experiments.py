@@ -1,15 +1,18 @@
 """One function per question asked of a ticket; each returns a plain dataclass."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ticketfind import TicketfindError, masks, results, student
+from ticketfind import TicketfindError, attack, masks, results, transfer
 from ticketfind.arms import Arm, Outcome, State, Task
+from ticketfind.attack import Attack, Attacked
 from ticketfind.batches import derived_seed
 from ticketfind.course import Failed
 from ticketfind.devices import EAGER, Way
@@ -45,16 +48,23 @@ class Design:
     """Of EXTRAS."""
     trained: Sequence[State] = ()
     """For one-shot: the dense network's trained weights of each ticket's replicate."""
+    attacks: Sequence[Attack] = ()
+    """What test inputs are changed by, to mislead the networks after their training."""
+    attack_examples: int = 1000
+    """Test examples that are attacked, at most."""
+    against: Sequence[Ticket] = ()
+    """Other tickets for the same network, which are trained beside these: a single one, or one for each replicate."""
 
     @property
     def trainings(self) -> int:
         """Trainings, if none is left out."""
-        kinds = 2 * (1 + len(self.noise)) + len(CONTROLS) + len(self.extras)
+        kinds = 2 * (1 + len(self.noise)) + len(CONTROLS) + len(self.extras) + bool(self.against)
         return len(self.tickets) * self.trials * kinds
 
-    def replicate(self, trial: int) -> int:
-        """Which replicate's mean a trial, counted over all tickets, goes into."""
-        return trial % len(self.tickets) if len(self.tickets) > 1 else trial
+    def replicate(self, trial: int, *, against: bool = False) -> int:
+        """Which replicate's mean a trial, counted over all tickets, goes into; of those to compare with the like."""
+        tickets = self.against if against and len(self.against) > 1 else self.tickets
+        return trial % len(tickets) if len(tickets) > 1 else trial
 
 
 def default_trials(tickets: int, is_run: bool) -> int:
@@ -74,14 +84,18 @@ class Evaluation:
 
     remaining: float
     """Weights remaining, a fraction."""
+    against: float | None
+    """Those of the tickets of `Design.against`; None without any."""
     arms: dict[str, Stats]
-    """dense, ticket, noise=S, dense noise=S, reinit, random, one-shot, init-magnitude, weight-noise=S, dense
+    """dense, ticket, against, noise=S, dense noise=S, reinit, random, one-shot, init-magnitude, weight-noise=S, dense
     weight-noise=S, as far as they could be trained. A replicate's value is the mean over its trials."""
     trials: int
     """Trainings of each replicate."""
     verdict: Verdict
     notes: tuple[str, ...]
     """What was left out, and why."""
+    attacks: dict[str, Attacked] = field(default_factory=dict)
+    """By the attack's name, without one ("clean") first; with the weights at the end of each training."""
 
 
 @dataclass(frozen=True)
@@ -114,20 +128,14 @@ def evaluate(
     folder: for the files of an outside program that trains.
     Raises TicketfindError where the ticket does not fit the task's model.
     """
-    for ticket in design.tickets:
-        _check(ticket, task, how)
+    design, new = _onto(design, task)
+    for ticket in (*design.tickets, *design.against):
+        check(ticket, task, how)
     of = len(design.tickets)
-    cases = [
-        _Case(
-            design.tickets[trial % of],
-            first_seed + trial,
-            design.replicate(trial),
-            design.trained[trial % of] if design.trained else None,
-        )
-        for trial in range(of * design.trials)
-    ]
-    arms, notes = _arms(design, cases, task, groups)
+    arms, notes = _arms(design, new, first_seed, task, groups)
     check_memory(task, how, way, len(arms))
+    under_attack = attack.prepare(task, design.attacks, design.attack_examples) if design.attacks else None
+    robust: dict[str, dict[str, dict[int, list[float]]]] = {}
     measured: dict[str, dict[int, list[Measured]]] = {}
     test_size, lost = None, 0
     if design.weight_noise and task.data is None:
@@ -141,6 +149,8 @@ def evaluate(
                 continue
             measured.setdefault(kind, {}).setdefault(case.replicate, []).append(outcome.measured)
             test_size = outcome.test_size
+            for name, accuracy in under_attack(outcome.final).items() if under_attack else ():
+                robust.setdefault(name, {}).setdefault(kind, {}).setdefault(case.replicate, []).append(accuracy)
             if kind in ("ticket", "dense") and task.data is not None:
                 for level, found in _shaken(design, case, arm, outcome.final, task, how):
                     name = f"weight-noise={level:g}" if kind == "ticket" else f"dense weight-noise={level:g}"
@@ -162,10 +172,12 @@ def evaluate(
     remaining = design.tickets[0].remaining
     return Evaluation(
         remaining=remaining,
+        against=design.against[0].remaining if design.against else None,
         arms=stats,
         trials=design.trials if of > 1 else 1,
         verdict=verdict(stats, remaining, tolerance=tolerance, test_size=test_size, lost=lost),
         notes=tuple(notes),
+        attacks={name: Attacked.of(found, design.attack_examples) for name, found in robust.items()},
     )
 
 
@@ -179,11 +191,42 @@ def _shaken(
         yield level, outcome
 
 
+def _onto(design: Design, task: Task) -> tuple[Design, list[str]]:
+    """The design in the task's network, and the entries of a head that is new there."""
+    wanted = {name: value for name, value in task.model.state_dict().items() if isinstance(value, Tensor)}
+    new = transfer.head(design.tickets[0].init, wanted)
+
+    def onto(ticket: Ticket) -> Ticket:
+        fits = not transfer.head(ticket.init, wanted)
+        return ticket if fits else transfer.onto(ticket, task.fresh(ticket.first_seed))
+
+    moved = dataclasses.replace(
+        design,
+        tickets=[onto(ticket) for ticket in design.tickets],
+        against=[onto(ticket) for ticket in design.against],
+        trained=() if new else design.trained,
+    )
+    return moved, new
+
+
 def _arms(
-    design: Design, cases: Sequence[_Case], task: Task, groups: Sequence[masks.Group]
+    design: Design, new: Sequence[str], first_seed: int, task: Task, groups: Sequence[masks.Group]
 ) -> tuple[list[tuple[str, Arm, _Case]], list[str]]:
     """The arms, each with its kind (a key of `Evaluation.arms`) and its case, and notes on those left out."""
+    trials = range(len(design.tickets) * design.trials)
+
+    def case_of(
+        trial: int, tickets: Sequence[Ticket], trained: Sequence[State] = (), *, against: bool = False
+    ) -> _Case:
+        which = trial % len(tickets)
+        replicate = design.replicate(trial, against=against)
+        return _Case(tickets[which], first_seed + trial, replicate, trained[which] if trained else None)
+
+    cases = [case_of(trial, design.tickets, design.trained) for trial in trials]
+    others = [case_of(trial, design.against, against=True) for trial in trials if design.against]
     notes = []
+    if new:
+        notes.append(f"these data have other classes: {', '.join(new)} start afresh and keep all their weights")
     fresh = _why_no_original(design.tickets[0])
     original = not (fresh and design.tickets[0].from_checkpoint)
     if fresh:
@@ -216,6 +259,8 @@ def _arms(
         add("dense", case, start, {}, first)
     for case in cases:
         add("ticket", case, case.ticket.init, case.ticket.masks, case.ticket.about.iteration)
+    for case in others:
+        add("against", case, case.ticket.init, case.ticket.masks, case.ticket.about.iteration)
     for level in design.noise:
         for case in cases:
             start = noisy(case.ticket, level, case.seed, case.ticket.init)
@@ -236,7 +281,8 @@ def _arms(
                 start, first = original_weights(case)
                 add(kind, case, start, masks.magnitude_like(case.ticket.masks, weights, groups), first)
         if all(found != kind for found, _, _ in arms):
-            why = fresh or "the dense network's trained weights are in a run, not in a ticket file"
+            where = "for other classes" if new else "in a run, not in a ticket file"
+            why = fresh or f"the dense network's trained weights are {where}"
             notes.append(f"{kind} is left out: {why}")
     return arms, notes
 
@@ -280,63 +326,7 @@ def noisy(ticket: Ticket, level: float, seed: int, weights: State) -> State:
     return state
 
 
-@dataclass(frozen=True)
-class Retraining:
-    """A ticket trained once more, as the search had trained it, beside what the search claims."""
-
-    accuracy: float
-    """At early stop, a fraction."""
-    claimed: results.Spread
-    """That of the search's replicates."""
-    low: float
-    high: float
-    """Where one more training is to be expected, with 95 %."""
-
-    @property
-    def is_inside(self) -> bool:
-        """Whether the claim holds."""
-        return self.low <= self.accuracy <= self.high
-
-
-def retrain(
-    ticket: Ticket, task: Task, how: Train, *, tick: Tick = lambda n: None, folder: Path | None = None
-) -> Retraining:
-    """Train `ticket` with the seed that the search had for it, and compare with the accuracy that it claims.
-
-    The interval is that of one further observation beside n (Student): mean ± t * sd * sqrt(1 + 1/n); with one, or
-    without any spread, that of a proportion over the test set; one test example at the least.
-    Raises TicketfindError where the ticket claims nothing, does not fit the task's model, or fails to train.
-    """
-    claimed = _claimed(ticket)
-    arm = Arm(
-        "the ticket", ticket.init, ticket.masks, ticket.first_seed, ticket.about.iteration, ticket.about.round,
-        ticket.about.replicate,
-    )  # fmt: skip
-    _check(ticket, task, how)
-    ((_, outcome),) = fit([arm], task, how, tick=tick, folder=folder)
-    if isinstance(outcome, Failed):
-        raise TicketfindError(f"the ticket failed to train: {outcome.reason}")
-    least = 1 / outcome.test_size if outcome.test_size else 1e-6
-    n, p = len(claimed.values), min(max(claimed.mean, 0.0), 1.0)
-    if claimed.sd:
-        width = student.quantile(0.975, n - 1) * claimed.sd * math.sqrt(1 + 1 / n)
-    else:
-        width = 1.96 * math.sqrt(p * (1 - p) * least)
-    width = max(width, least) + 1e-9
-    accuracy = outcome.measured.accuracy_early
-    return Retraining(accuracy, claimed, claimed.mean - width, claimed.mean + width)
-
-
-def _claimed(ticket: Ticket) -> results.Spread:
-    claims = ticket.about.claims.get("ticket")
-    early = claims.get("accuracy_early") if isinstance(claims, dict) else None
-    values = early.get("values") if isinstance(early, dict) else None
-    if not isinstance(values, list) or not values or not all(isinstance(v, float) for v in values):
-        raise TicketfindError("ticket metadata claims: expected the accuracies that the search measured, found none")
-    return results.Spread.of(values)
-
-
-def _check(ticket: Ticket, task: Task, how: Train) -> None:
+def check(ticket: Ticket, task: Task, how: Train) -> None:
     """Raise TicketfindError unless the ticket is of the task's network, and begins before the training's end."""
     ticket.check_fits(task.model)
     iterations = int(how.iterations)
@@ -345,36 +335,3 @@ def _check(ticket: Ticket, task: Task, how: Train) -> None:
             f"ticket metadata iteration: expected 0 to {iterations - 1}, before the training's end,"
             f" found {ticket.about.iteration}"
         )
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How much two tickets agree."""
-
-    same_masks: bool
-    same_init: bool
-    """Every initial weight and buffer equal, bit for bit."""
-    tensors: dict[str, masks.Overlap]
-
-    @property
-    def total(self) -> masks.Overlap:
-        """All tensors as one."""
-        return masks.total(self.tensors.values())
-
-
-def difference(a: Ticket, b: Ticket) -> Difference:
-    """Compare two tickets. Raises TicketfindError where they are of different networks."""
-    overlaps = masks.compare(a.masks, b.masks)
-    tied = {**b.about.aliases, **a.about.aliases}
-
-    def is_same(name: str) -> bool:
-        ours, theirs = a.init[name], b.init[name]
-        masked = tied.get(name, name)
-        if masked in a.masks and not (a.complete and b.complete):  # a compact ticket holds what its mask keeps
-            both = a.masks[masked] & b.masks[masked]
-            ours, theirs = ours[both], theirs[both]
-        return torch.equal(ours, theirs)
-
-    same_init = a.init.keys() == b.init.keys() and all(map(is_same, a.init))
-    same_masks = all(torch.equal(a.masks[name], b.masks[name]) for name in a.masks)
-    return Difference(same_masks, same_init, overlaps)

@@ -1,5 +1,6 @@
 """The commands that judge what a search has found: eval, stability, report, verify. `cli` says how they are called."""
 
+import dataclasses
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +27,9 @@ def evaluate(
     noise: options.Noise = None,
     weight_noise: options.WeightNoise = None,
     control: options.Controls = None,
+    against: options.Against = None,
+    attack: options.Attacks = None,
+    attack_examples: options.AttackExamples = 1000,
     trials: options.Trials = None,
     round: options.Round = None,
     settings: options.Settings,
@@ -39,7 +43,8 @@ def evaluate(
     inconclusive.
     """
     began = time.monotonic()
-    from ticketfind import assemble, contents, devices, experiments, files, masks, terminal, views
+    from ticketfind import answers, assemble, contents, devices, experiments, files, masks, terminal
+    from ticketfind.attack import Attack
     from ticketfind.ticket import load_ticket
 
     screen = terminal.Screen(as_json=as_json, quiet=quiet)
@@ -47,6 +52,7 @@ def evaluate(
     tickets = [load_ticket(str(target))] if run is None else contents.tickets(run, round)
     if run is None and round is not None:
         raise typer.BadParameter("--round is for a run; a ticket file is one ticket")
+    others, which = _others(against, tickets[0].remaining)
     extras = [each.value for each in dict.fromkeys(control or ())]
     design = experiments.Design(
         tickets=tickets,
@@ -55,6 +61,9 @@ def evaluate(
         weight_noise=sorted(set(weight_noise or ())),
         extras=extras,
         trained=contents.dense_weights(run, tickets) if run is not None and "one-shot" in extras else (),
+        against=others,
+        attacks=[Attack(*each) for each in options.attacks(attack or [])],
+        attack_examples=attack_examples,
     )
     seed = settings.pop("run.seed", None)  # of the trials; the recipe's own decides which examples are held out
     trusted = trust or run is not None
@@ -77,10 +86,29 @@ def evaluate(
             tick=progress.tick,
             folder=Path(folder),
         )
-    described = views.evaluation_json(found, str(target or (run and run.path)), time.monotonic() - began)
-    views.show_evaluation(screen, found, described)
-    if run is not None:
+    if which is not None:
+        found = dataclasses.replace(found, notes=(which, *found.notes))
+    described = answers.evaluation_json(
+        found, str(target or (run and run.path)), str(resolved.data.spec), time.monotonic() - began
+    )
+    answers.show_evaluation(screen, found, described)
+    if run is not None and resolved.data.spec != run.recipe().data.spec:
+        screen.message(f"on other data than the run's, and so not kept in {run.path}")
+    elif run is not None:
         files.write_text(run.new_eval_file(tickets[0].about.round), terminal.dump(described), root=run.path)
+
+
+def _others(path: Path | None, remaining: float) -> "tuple[list[Ticket], str | None]":
+    """The tickets of --against, and which they are."""
+    from ticketfind import contents, terminal
+    from ticketfind.ticket import load_ticket
+
+    if path is None:
+        return [], None
+    run = targets.run_at(path)
+    found = [load_ticket(path)] if run is None else contents.tickets(run, contents.nearest_round(run, remaining))
+    about = f"{path}, round {found[0].about.round}, {terminal.percent(found[0].remaining)} of the weights"
+    return found, f"against: {about}, {len(found)} of them"
 
 
 # --------------------------------------------------------------------------------------------- stability
@@ -211,7 +239,7 @@ def verify(
 
 
 def _retrained(file: Path, settings: dict[str, Any], trust: bool, screen: "Screen") -> "Check":
-    from ticketfind import assemble, experiments, terminal
+    from ticketfind import assemble, retraining, terminal
     from ticketfind import verify as checks
     from ticketfind.ticket import load_ticket
 
@@ -224,5 +252,5 @@ def _retrained(file: Path, settings: dict[str, Any], trust: bool, screen: "Scree
     ):
         progress.begin(int(recipe.train.iterations) - ticket.about.iteration, 0)
         return checks.of_retraining(
-            experiments.retrain(ticket, task, recipe.train, tick=progress.tick, folder=Path(folder))
+            retraining.retrain(ticket, task, recipe.train, tick=progress.tick, folder=Path(folder))
         )

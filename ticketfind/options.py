@@ -199,6 +199,23 @@ Controls = Annotated[
         "A further control: pruned once to the same density, by the trained dense weights or by the initial ones.",
     ),
 ]
+Against = Annotated[
+    Path | None,
+    _option(
+        "--against",
+        "Another ticket, to be trained beside it, as one found on these data; of a run: the round nearest in density.",
+        metavar="TICKET|RUN",
+    ),
+]
+Attacks = Annotated[
+    Texts,
+    _option(
+        "--attack",
+        "fgsm or pgd: change test inputs by at most EPS in each number, after training; repeatable.",
+        metavar="KIND:EPS",
+    ),
+]
+AttackExamples = Annotated[int, _option("--attack-examples", "Test examples that are attacked, at most.", min=1)]
 Trials = Annotated[
     Whole, _option("--trials", "Trainings of each ticket; default: as many as make ten over a run's replicates.", min=1)
 ]
@@ -352,6 +369,21 @@ def pairs(texts: list[str], flag: str) -> dict[str, Any]:
             raise typer.BadParameter(f"{flag}: expected KEY=VALUE, found {text!r}")
         found[key] = parse_value(value)
     return found
+
+
+def attacks(texts: list[str]) -> list[tuple[str, float]]:
+    """``fgsm:0.1`` texts as kinds and levels, each once."""
+    found = []
+    for text in texts:
+        kind, _, level = text.partition(":")
+        try:
+            epsilon = float(level)
+        except ValueError:
+            epsilon = -1.0
+        if kind not in ("fgsm", "pgd") or not 0 <= epsilon < float("inf"):
+            raise typer.BadParameter(f"--attack: expected fgsm:EPS or pgd:EPS with EPS at least 0, found {text!r}")
+        found.append((kind, epsilon))
+    return [*dict.fromkeys(found)]
 
 
 def _fractions(texts: list[str]) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ticketfind import intervals, student
-from ticketfind.results import Stats
+from ticketfind.results import Spread, Stats
 
 CONTROLS = ("reinit", "random")
 """The arms that a winning ticket must beat."""
@@ -26,6 +26,13 @@ class Comparison:
     difference: float
     interval: tuple[float, float] | None
     """95 %; None where one of them has a single replicate."""
+
+    @classmethod
+    def of(cls, arms: Mapping[str, Spread], arm: str, other: str, *, least: float) -> "Comparison":
+        """Compare two of `arms` (Welch). least: a standard deviation counts as this at least."""
+        a, b = arms[arm], arms[other]
+        found = intervals.of_difference(a.values, b.values, least=least)
+        return cls(arm, other, a.mean - b.mean, None if found is None else found.bounds)
 
 
 @dataclass(frozen=True)
@@ -71,10 +78,10 @@ def verdict(
     """
     least = 1 / test_size if test_size else 1e-6
 
+    early = {name: stats.accuracy_early for name, stats in arms.items()}
+
     def compare(arm: str, other: str) -> Comparison:
-        a, b = arms[arm].accuracy_early, arms[other].accuracy_early
-        found = intervals.of_difference(a.values, b.values, least=least)
-        return Comparison(arm, other, a.mean - b.mean, None if found is None else found.bounds)
+        return Comparison.of(early, arm, other, least=least)
 
     ticket, dense = arms["ticket"], arms.get("dense")
     allowed = None if dense is None else margin(dense, tolerance, test_size)

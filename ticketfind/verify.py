@@ -10,9 +10,9 @@ import torch
 
 from ticketfind import TicketfindError, contents, invariants, masks, patterns, readers, ticket
 from ticketfind.digests import digest
-from ticketfind.experiments import Retraining
 from ticketfind.masks import Masks
 from ticketfind.recipe import Recipe
+from ticketfind.retraining import Retraining
 from ticketfind.rundir import RunDir
 from ticketfind.tensorfile import read_metadata, read_tensors
 

@@ -2,24 +2,20 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from ticketfind import hillplot, results
-from ticketfind.results import Round, Spread, Stats
+from ticketfind.results import Round, Spread
 from ticketfind.terminal import RoundRows, Screen, percent, plural, printable, shape, size, spread, table
 
 if TYPE_CHECKING:
-    from ticketfind.experiments import Difference, Evaluation
-    from ticketfind.masks import Overlap
     from ticketfind.recipe import Recipe
     from ticketfind.report import Written
     from ticketfind.rundir import RunDir
     from ticketfind.ticket import Ticket
-    from ticketfind.verdict import Comparison
     from ticketfind.verify import Check
 
 
@@ -79,44 +75,6 @@ def _rounds_json(rounds: Sequence[Round]) -> dict[str, Any]:
     }
 
 
-def evaluation_json(found: "Evaluation", ticket: str, seconds: float) -> dict[str, Any]:
-    """The JSON object of `eval`."""
-    return {
-        "ticket": ticket,
-        "remaining": found.remaining,
-        "trials": found.trials,
-        "arms": {name: stats.json() for name, stats in found.arms.items()},
-        "comparisons": [asdict(comparison) for comparison in found.verdict.comparisons],
-        "margin": found.verdict.margin,
-        "verdict": found.verdict.text,
-        "notes": list(found.notes),
-        "seconds": seconds,
-    }
-
-
-def show_evaluation(screen: Screen, found: "Evaluation", described: Mapping[str, Any]) -> None:
-    """`eval`."""
-    for note in found.notes:
-        screen.message(note)
-    to_ticket = {c.other: c for c in found.verdict.comparisons if c.arm == "ticket"}
-    rows = [_arm_row(name, stats, to_ticket.get(name)) for name, stats in found.arms.items()]
-    columns = ("", "at early stop", "at the end", "stops at", "ticket above it by")
-    shown = (0, 1, 4) if screen.console.width < 72 else (0, 1, 3, 4) if screen.console.width < 88 else range(5)
-    screen.print(table([columns[n] for n in shown], [[row[n] for n in shown] for row in rows]))
-    screen.result(found.verdict.text, described)
-
-
-def _arm_row(name: str, stats: Stats, to_ticket: "Comparison | None") -> tuple[str, ...]:
-    stops = "" if "weight-noise" in name else f"{stats.early_stop.mean:,.0f}"
-    above = ""
-    if to_ticket is not None:
-        above = f"{100 * to_ticket.difference:+.2f}"
-        if to_ticket.interval is not None:
-            low, high = (100 * bound for bound in to_ticket.interval)
-            above += f" [{low:+.2f}, {high:+.2f}]"
-    return name, spread(stats.accuracy_early), spread(stats.accuracy_end), stops, above
-
-
 def show_export(screen: Screen, ticket: "Ticket", path: Path, form: str) -> None:
     """`export`."""
     written = path.stat().st_size
@@ -167,38 +125,6 @@ def show_report(screen: Screen, run: "RunDir", found: "Written", seconds: float)
     )  # fmt: skip
 
 
-def show_difference(screen: Screen, found: "Difference") -> None:
-    """`diff`."""
-    tensors = sorted(found.tensors.items(), key=_natural)
-    rows = [_overlap_row(name, overlap) for name, overlap in [*tensors, ("total", found.total)]]
-    screen.print(table(("", "size", "in A", "in B", "in both", "Jaccard", "by chance", "agreement"), rows))
-    init = f"initial weights: {'the same' if found.same_init else 'different'}"
-    shared = (
-        f"the masks share {found.total.kept_both:,} weights, {found.total.expected_both:,.0f} expected by chance;"
-        f" agreement {found.total.agreement:.3f} (0 chance, 1 equal)"
-    )
-    screen.result(
-        f"{'the masks are the same' if found.same_masks else shared}; {init}",
-        {
-            "same_masks": found.same_masks,
-            "same_init": found.same_init,
-            "total": _overlap_json(found.total),
-            "tensors": {name: _overlap_json(overlap) for name, overlap in found.tensors.items()},
-        },
-    )
-
-
-def _overlap_row(name: str, overlap: "Overlap") -> tuple[str, ...]:
-    counts = (f"{n:,}" for n in (overlap.size, overlap.kept_a, overlap.kept_b, overlap.kept_both))
-    shares = (f"{s:.3f}" for s in (overlap.jaccard, overlap.jaccard_by_chance, overlap.agreement))
-    return name, *counts, *shares
-
-
-def _overlap_json(overlap: "Overlap") -> dict[str, Any]:
-    keys = ("size", "kept_a", "kept_b", "kept_both", "jaccard", "jaccard_by_chance", "agreement")
-    return {key: getattr(overlap, key) for key in keys}
-
-
 def show_ticket(screen: Screen, ticket: "Ticket", path: Path) -> None:
     """`inspect TICKET`."""
     about = ticket.about
@@ -208,7 +134,7 @@ def show_ticket(screen: Screen, ticket: "Ticket", path: Path) -> None:
     }
     rows = [
         (name, shape(mask.shape), f"{int(mask.sum()):,}", f"{mask.numel():,}", percent(float(mask.float().mean())))
-        for name, mask in sorted(ticket.masks.items(), key=_natural)
+        for name, mask in sorted(ticket.masks.items(), key=natural)
     ]
     screen.print(table(("", "shape", "kept", "of", "left"), rows))
     screen.message(f"round {about.round}, replicate {about.replicate}, weights of iteration {about.iteration}")
@@ -255,6 +181,6 @@ def subject(model: str | None, data: str | None) -> str:
     return f"{model}" if data is None else f"{model} on {data}"
 
 
-def _natural(item: tuple[str, Any]) -> list[tuple[int, str]]:
+def natural(item: tuple[str, Any]) -> list[tuple[int, str]]:
     """Sorts ``layers.2`` before ``layers.10``: a file keeps names in alphabetical order."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", item[0])]

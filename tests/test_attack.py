@@ -1,0 +1,164 @@
+"""Accuracy under attack: against the attack by hand in plain PyTorch; what is refused; the command."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ticketfind import TicketfindError, attack
+from ticketfind.arms import State, Task
+from ticketfind.attack import Attack, Attacked
+from ticketfind.batches import Data, Split
+
+pytest.importorskip("art")
+
+
+@pytest.fixture
+def task(make_task: Callable[..., Task]) -> Task:
+    return make_task()
+
+
+@pytest.fixture
+def trained(task: Task) -> State:
+    """The tiny network after 300 steps of gradient descent: nothing of ticketfind's own in it."""
+    net, data = task.model, task.data.train
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        F.cross_entropy(net(data.inputs), data.targets).backward()
+        optimizer.step()
+    return {name: value.detach().clone() for name, value in net.state_dict().items()}
+
+
+def by_hand(net: nn.Module, test: Split, epsilon: float, steps: int, size: float) -> float:
+    """Accuracy after `steps` steps along the gradient's sign, kept near the input and in the test inputs' range."""
+    x, y = test.inputs, test.targets
+    changed = x.clone()
+    for _ in range(steps):
+        changed = changed.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(net(changed), y), changed)
+        changed = torch.clamp(changed + size * gradient.sign(), x - epsilon, x + epsilon).clamp(x.min(), x.max())
+    return float((net(changed).argmax(1) == y).float().mean())
+
+
+LEVELS = (0.0, 0.1, 0.3, 0.6)
+
+
+def test_against_attacks_by_hand(task: Task, trained: State) -> None:
+    attacks = [Attack(kind, epsilon) for kind in ("fgsm", "pgd") for epsilon in LEVELS]
+    found = attack.prepare(task, attacks, 1000)(trained)
+    net, test = task.model.eval(), task.data.test
+    assert [*found] == ["clean", *map(str, attacks)]
+    clean = float((net(test.inputs).argmax(1) == test.targets).float().mean())
+    assert found["clean"] == found["fgsm:0"] == found["pgd:0"] == pytest.approx(clean) and clean > 0.6
+    for epsilon in LEVELS[1:]:
+        fgsm, pgd = found[f"fgsm:{epsilon:g}"], found[f"pgd:{epsilon:g}"]
+        assert fgsm == pytest.approx(by_hand(net, test, epsilon, 1, epsilon))
+        assert pgd == pytest.approx(by_hand(net, test, epsilon, attack.STEPS, attack.STEP * epsilon), abs=1 / len(test))
+        assert pgd <= fgsm < clean
+    assert found["pgd:0.6"] < found["pgd:0.1"]
+
+
+def test_weights_are_those_given_and_the_network_is_left_alone(task: Task, trained: State) -> None:
+    before = {name: value.clone() for name, value in task.model.state_dict().items()}
+    measure = attack.prepare(task, [Attack("fgsm", 0.3)], 1000)
+    zeros = {name: torch.zeros_like(value) for name, value in trained.items()}
+    assert measure(zeros)["clean"] == measure(zeros)["fgsm:0.3"] == 0.25  # always the first of four classes
+    assert measure(trained) == measure(trained) != measure(zeros)
+    assert all(torch.equal(value, before[name]) for name, value in task.model.state_dict().items())
+
+
+def test_fewer_examples_are_the_same_for_every_network_and_of_all_classes(task: Task, trained: State) -> None:
+    """Drawn and not the first: test sets may be sorted by class."""
+    order = task.data.test.targets.argsort()
+    test = Split(task.data.test.inputs[order], task.data.test.targets[order])
+    small = Task(task.model, Data(task.data.train, task.data.validation, test), task.device, task.fresh)
+    _, targets = attack._examples(small, 24)
+    assert len(targets) == 24 and len(targets.unique()) == 4
+    inputs, _ = attack._examples(small, 24)
+    assert torch.equal(inputs, attack._examples(small, 24)[0])
+
+
+class Dicts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.fc(x)}
+
+
+class Places(Dicts):
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(x).unsqueeze(-1)
+
+
+def test_outputs_of_any_kind_that_hold_scores(make_task: Callable[..., Task]) -> None:
+    task = make_task(Dicts)
+    assert attack.prepare(task, [Attack("fgsm", 0.1)], 50)(task.fresh(0)).keys() == {"clean", "fgsm:0.1"}
+    with pytest.raises(TicketfindError, match=r"expected a score for each class .* found outputs of \[2, 4, 1\]"):
+        attack.prepare(make_task(Places), [Attack("fgsm", 0.1)], 50)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "says"),
+    [
+        ({"a": torch.zeros(8, 12)}, torch.arange(8) % 4, "several by name"),
+        (torch.zeros(8, 12, dtype=torch.int64), torch.arange(8) % 4, "torch.int64"),
+        (torch.zeros(8, 12), torch.zeros(8), "torch.float32 of shape"),
+        (torch.zeros(8, 12), torch.zeros(8, 3, dtype=torch.int64), r"shape \[8, 3\]"),
+    ],
+)
+def test_what_cannot_be_attacked_is_said(
+    make_task: Callable[..., Task], inputs: Any, targets: Tensor, says: str
+) -> None:
+    split = Split(inputs, targets)
+    with pytest.raises(TicketfindError, match=f"attack: expected .* found .*{says}"):
+        attack.prepare(make_task(data=Data(split, split, split)), [Attack("fgsm", 0.1)], 50)
+    with pytest.raises(TicketfindError, match="expected test data, found none"):
+        attack.prepare(make_task(data=None), [Attack("fgsm", 0.1)], 50)
+
+
+def test_without_the_library(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "art"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "art", None)
+    with pytest.raises(TicketfindError, match=r"not installed; pip install 'ticketfind\[attack\]'"):
+        attack.prepare(task, [Attack("fgsm", 0.1)], 50)
+
+
+def test_comparisons_are_of_replicates() -> None:
+    """Trials are averaged within a replicate; the interval is Welch's, by scipy."""
+    from scipy import stats
+
+    found = Attacked.of({"dense": {0: [0.5, 0.7], 1: [0.4]}, "ticket": {0: [0.3], 1: [0.3, 0.5]}}, 1000)
+    assert found.arms["dense"].values == pytest.approx((0.6, 0.4))
+    (compared,) = found.comparisons
+    assert (compared.arm, compared.other) == ("ticket", "dense") and compared.difference == pytest.approx(-0.15)
+    expected = stats.ttest_ind([0.3, 0.4], [0.6, 0.4], equal_var=False).confidence_interval(0.95)
+    assert compared.interval == pytest.approx((expected.low, expected.high))
+
+
+def test_the_command(command: Callable[..., Any]) -> None:
+    small = ["--iterations", "60", "--rounds", "2", "--replicates", "2", "--set", "train.eval_every=30"]
+    assert command("search", *small).code == 0
+    asked = ["eval", "--round", "2", "--trials", "1", "--attack", "fgsm:0.05", "--attack", "pgd:0.05"]
+    found = command(*asked, "--json").json
+    assert [*found["attacks"]] == ["clean", "fgsm:0.05", "pgd:0.05"]
+    for attacked in found["attacks"].values():
+        assert attacked["arms"].keys() == found["arms"].keys() == {"dense", "ticket", "reinit", "random"}
+        assert [c["other"] for c in attacked["comparisons"]] == ["dense", "reinit", "random"]
+    for arm, stats in found["arms"].items():
+        clean, fgsm, pgd = (np.array(a["arms"][arm]["values"]) for a in found["attacks"].values())
+        assert clean == pytest.approx(stats["accuracy_end"]["values"]), "the weights after the last iteration"
+        assert (pgd <= fgsm).all() and (fgsm < clean).all()
+    few = command(*asked, "--attack-examples", "40")
+    assert "fgsm:0.05" in few.out and "ticket above it by" in few.out
+    for bad in ("fgsm", "fgsm:-1", "fgsm:nan", "cw:0.1", "pgd:much"):
+        refused = command("eval", "--attack", bad)
+        assert refused.code == 2 and "expected fgsm:EPS or pgd:EPS" in refused.err

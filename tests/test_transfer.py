@@ -1,0 +1,173 @@
+"""A ticket on data with other classes: what it starts from, against its file and plain PyTorch; what is refused."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ticketfind import TicketfindError, contents, experiments, masks, transfer
+from ticketfind.arms import Arm, Task
+from ticketfind.experiments import Design
+from ticketfind.recipe import Train
+from ticketfind.rundir import RunDir
+from ticketfind.ticket import Ticket
+from ticketfind.train import fit
+
+DIGITS = Path(transfer.__file__).with_name("digits.npz")
+SEARCH = ["search", "--iterations", "20", "--rounds", "2", "--replicates", "2", "--set", "train.eval_every=10", "-q"]
+
+
+@pytest.fixture
+def trained_arms(monkeypatch: pytest.MonkeyPatch) -> dict[str, Arm]:
+    """The arms of an evaluation, by name."""
+    seen: dict[str, Arm] = {}
+
+    def spy(arms: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        seen.update({arm.name: arm for arm in arms})
+        return fit(arms, *args, **kwargs)
+
+    monkeypatch.setattr(experiments, "fit", spy)
+    return seen
+
+
+def parities(path: Path) -> None:
+    """The digits as five classes: 0 and 5, 1 and 6, and so on."""
+    with np.load(DIGITS) as digits:
+        arrays = {key: digits[key] for key in digits.files}
+    np.savez(path, **{key: value % 5 if key.startswith("y") else value for key, value in arrays.items()})
+
+
+def test_a_digits_ticket_on_five_classes(
+    command: Callable[..., Any], trained_arms: dict[str, Arm], tmp_path: Path
+) -> None:
+    """Each arm starts as the few lines below make it from the ticket's file; the rest of the answer follows."""
+    assert command(*SEARCH).code == 0
+    assert command("export", "--round", "2", "--replicate", "1", "-o", "t.safetensors").code == 0
+    parities(tmp_path / "five.npz")
+    found = command("eval", "t.safetensors", "--data", "five.npz", "--trials", "2", "--seed", "7", "--json").json
+    assert found["data"] == "five.npz" and list(found["arms"]) == ["dense", "ticket", "reinit", "random"]
+    assert any(note.endswith("fc3.weight, fc3.bias start afresh and keep all their weights") for note in found["notes"])
+    kept = 12288 + 19200 + 500  # 0.8² of fc1 and fc2, and the whole of the new head
+    assert found["remaining"] == pytest.approx(kept / (19200 + 30000 + 500))
+
+    file = load_file("t.safetensors")
+    x = torch.rand(3, 64)
+    for seed in (7, 8):
+        arm, random = trained_arms[f"ticket, seed {seed}"], trained_arms[f"random, seed {seed}"]
+        net = nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 5))
+        with torch.no_grad():
+            for layer, name in ((net[0], "fc1"), (net[2], "fc2")):
+                layer.weight.copy_(file[f"init/{name}.weight"] * file[f"mask/{name}.weight"])
+                layer.bias.copy_(file[f"init/{name}.bias"])
+            net[4].weight.copy_(arm.start["fc3.weight"])
+            net[4].bias.copy_(arm.start["fc3.bias"])
+            w = masks.masked(arm.start, arm.masks)
+            hidden = (x @ w["fc1.weight"].T + w["fc1.bias"]).relu()
+            outputs = (hidden @ w["fc2.weight"].T + w["fc2.bias"]).relu() @ w["fc3.weight"].T + w["fc3.bias"]
+            torch.testing.assert_close(outputs, net(x))
+        assert arm.masks["fc3.weight"].shape == (5, 100) and arm.masks["fc3.weight"].all()
+        assert float(arm.start["fc3.weight"].std()) == pytest.approx((2 / 105) ** 0.5, rel=0.1)  # Glorot
+        assert torch.equal(arm.start["fc3.weight"], trained_arms[f"dense, seed {seed}"].start["fc3.weight"])
+        for name, mask in arm.masks.items():
+            assert random.masks[name].sum() == mask.sum()
+        assert not torch.equal(random.masks["fc1.weight"], arm.masks["fc1.weight"])
+        assert torch.equal(trained_arms[f"reinit, seed {seed}"].masks["fc3.weight"], arm.masks["fc3.weight"])
+
+
+def test_against_a_native_ticket(command: Callable[..., Any], tmp_path: Path) -> None:
+    """Of a run the round nearest in density is trained beside it; on its own data it does what its search did."""
+    assert command(*SEARCH).code == 0
+    parities(tmp_path / "five.npz")
+    native = command(*SEARCH, "digits", "--data", "five.npz", "--out", "native", "--json").json
+    asked = ["--round", "2", "--trials", "1", "--seed", "0", "--against", "native", "--json"]
+    found = command("eval", "runs/digits", "--data", "five.npz", *asked).json
+    assert list(found["arms"]) == ["dense", "ticket", "against", "reinit", "random"]
+    assert found["against"] == pytest.approx(native["rounds"][2]["remaining"]) and found["against"] < found["remaining"]
+    assert found["arms"]["against"]["accuracy_end"]["values"] == native["rounds"][2]["accuracy_end"]["values"]
+    (compared,) = (c for c in found["comparisons"] if (c["arm"], c["other"]) == ("ticket", "against"))
+    difference = found["arms"]["ticket"]["accuracy_early"]["mean"] - found["arms"]["against"]["accuracy_early"]["mean"]
+    assert compared["difference"] == pytest.approx(difference) and len(compared["interval"]) == 2
+    assert found["notes"][0] == "against: native, round 2, 64.2 % of the weights, 2 of them"
+    assert not Path("runs/digits/evals").exists(), "of other data: not to be taken for the run's own"
+    assert contents.nearest_round(RunDir(Path("native")), 0.79) == 1
+
+
+def test_data_of_as_many_classes_change_nothing(
+    command: Callable[..., Any], trained_arms: dict[str, Arm], tmp_path: Path
+) -> None:
+    assert command(*SEARCH).code == 0
+    with np.load(DIGITS) as digits:
+        np.savez(tmp_path / "ten.npz", **{key: (9 - v if key[0] == "y" else v) for key, v in digits.items()})
+    assert command("eval", "--round", "2", "--trials", "1", "--seed", "0", "--data", "ten.npz", "-q").code == 0
+    for replicate in (0, 1):
+        ticket = contents.load(RunDir(Path("runs/digits")), 2, replicate)
+        arm = trained_arms[f"ticket, seed {replicate}"]
+        assert all(torch.equal(arm.start[name], value) for name, value in ticket.init.items())
+        assert all(torch.equal(arm.masks[name], mask) for name, mask in ticket.masks.items())
+
+
+def test_one_line_where_the_inputs_have_another_shape(command: Callable[..., Any], tmp_path: Path) -> None:
+    assert command(*SEARCH).code == 0
+    images = np.random.default_rng(0).random((300, 1, 9, 9), dtype=np.float32)
+    np.savez(
+        tmp_path / "larger.npz", x_train=images, y_train=np.arange(300) % 5, x_test=images, y_test=np.arange(300) % 5
+    )
+    ran = command("eval", "--round", "2", "--data", "larger.npz", "--set", "data.validation=50", "-q")
+    assert ran.code == 1 and ran.err.count("\n") == 1
+    assert "fc1.weight has shape (300, 64) in the ticket, (300, 81) in the model" in ran.err
+
+
+# ------------------------------------------------------------------------------------------ the pure function
+
+
+def shaped(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    return {name.replace("_", "."): torch.zeros(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "head"),
+    [
+        (shaped(a_weight=(8, 4), a_bias=(8,), h_weight=(3, 8), h_bias=(3,)), []),
+        (shaped(a_weight=(8, 4), a_bias=(8,), h_weight=(5, 8), h_bias=(5,)), ["h.weight", "h.bias"]),
+        (shaped(a_weight=(9, 4), a_bias=(9,), h_weight=(5, 9), h_bias=(5,)), []),  # a wider network
+        (shaped(a_weight=(8, 6), a_bias=(8,), h_weight=(5, 8), h_bias=(5,)), []),  # other inputs
+        (shaped(a_weight=(8, 4), a_bias=(8,), h_weight=(5, 8, 1), h_bias=(5,)), []),
+        (shaped(a_weight=(8, 4), a_bias=(8,), h_weight=(5, 8)), []),
+    ],
+)
+def test_what_counts_as_a_head(wanted: dict[str, Tensor], head: list[str]) -> None:
+    assert transfer.head(shaped(a_weight=(8, 4), a_bias=(8,), h_weight=(3, 8), h_bias=(3,)), wanted) == head
+
+
+def test_sigma_of_the_new_head_and_what_one_shot_needs(
+    make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket]
+) -> None:
+    """Noise goes by the new head's own spread; trained weights are those of a head that is gone."""
+    old = make_task()
+
+    class Six(type(old.model)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            last = [name for name, module in self.named_modules() if isinstance(module, nn.Linear)][-1]
+            setattr(self, last, nn.Linear(getattr(self, last).in_features, 6))
+
+    ticket, task = make_ticket(old, seed=3), make_task(Six)
+    moved = transfer.onto(ticket, task.fresh(3))
+    (weight,) = (name for name in ticket.masks if moved.masks[name].shape != ticket.masks[name].shape)
+    fresh = task.fresh(3)
+    assert moved.about.sigma[weight] == pytest.approx(float(np.std(fresh[weight].numpy())), rel=1e-6)
+    assert torch.equal(moved.init[weight], fresh[weight])
+    groups = masks.make_groups([*ticket.masks], {"*": 0.2}, "layer")
+    design = Design(
+        tickets=[ticket], trials=2, extras=["one-shot", "init-magnitude"], trained=[ticket.init], noise=[0.5]
+    )
+    found = experiments.evaluate(design, task, make_train(), first_seed=0, groups=groups)
+    assert "one-shot" not in found.arms and "init-magnitude" in found.arms and "noise=0.5" in found.arms
+    assert any(note.startswith("one-shot is left out") for note in found.notes)
+    with pytest.raises(TicketfindError, match="does not fit the model"):
+        experiments.evaluate(design, make_task("normed"), make_train(), first_seed=0)
