@@ -121,10 +121,14 @@ class Settled:
     """Agreement (Cohen's kappa, over the weights that the training's mask keeps) of the masks of two looks in a row."""
     _before: dict[int, Masks] = field(default_factory=dict)
     """The mask of the look before, by replicate."""
+    _initial: dict[int, State] = field(default_factory=dict)
+    """What `initial` has given."""
 
     def __call__(self, arm: Arm, look: Look) -> bool:
         """Whether the training may end."""
-        seen = self.drawing.seen(arm, self.initial(arm.replicate), look.state, look.path)
+        if arm.replicate not in self._initial:
+            self._initial[arm.replicate] = self.initial(arm.replicate)
+        seen = self.drawing.seen(arm, self._initial[arm.replicate], look.state, look.path)
         now = self.drawing.pruned(seen, masks.targets(seen.masks, self.drawing.groups), arm)
         before, self._before[arm.replicate] = self._before.get(arm.replicate), now
         return before is not None and masks.agreement_within(before, now, seen.masks) >= self.threshold

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ticketfind import TicketfindError, contents, devices, engine, memory, results
+from ticketfind import TicketfindError, contents, devices, engine, masks, memory, results
 from ticketfind import search as searching
-from ticketfind.arms import Arm, Outcome, Task
+from ticketfind.arms import Arm, Outcome, Task, Watched
 from ticketfind.augment import augmented
 from ticketfind.batches import Data, Order, Split
 from ticketfind.connection import is_disconnected
@@ -48,6 +48,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Please use the new API settings to control TF32"),
 ]
 
+SHAPES = {"fc1.weight": (16, 12), "fc2.weight": (12, 16), "fc3.weight": (4, 12)}
 SIZES = {"fc1.weight": 192, "fc2.weight": 192, "fc3.weight": 48}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2},
@@ -512,6 +513,31 @@ def no_waiting() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("way", ["eager", "stacked", "graph"])
+def test_what_masks_are_drawn_from_is_as_on_the_cpu(
+    way: str, optimizer: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    """Paths, and pruning on the way, in recorded steps too."""
+    generator = torch.Generator().manual_seed(1)
+    kept = {name: torch.rand(shape, generator=generator) < 0.5 for name, shape in SHAPES.items()}
+    how = make_train(optimizer=optimizer, lr=0.01)
+    found = {}
+    for device in ("cpu", DEVICE):
+        task = make_task(device=device)
+        watched = Watched(
+            every=5, tighter=lambda arm, look, device=device: {name: mask.to(device) for name, mask in kept.items()}
+        )
+        arms = [Arm(f"a{seed}", task.start(seed), masks.dense(SHAPES), seed, replicate=seed) for seed in (3, 4)]
+        chosen = Way(way, at_once=2) if device == DEVICE else EAGER
+        found[device] = [outcome for _, outcome in fit(arms, task, how, way=chosen, paths=True, watched=watched)]
+    for here, there in zip(*found.values(), strict=True):
+        assert not masks.nonzero_outside(kept, {name: t.cpu() for name, t in there.final.items()})
+        for name in here.path:
+            torch.testing.assert_close(there.path[name].cpu(), here.path[name], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(there.final[name].cpu(), here.final[name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # "is a prototype feature"
