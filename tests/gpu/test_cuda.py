@@ -524,16 +524,15 @@ def test_what_masks_are_drawn_from_is_as_on_the_cpu(
     generator = torch.Generator().manual_seed(1)
     kept = {name: torch.rand(shape, generator=generator) < 0.5 for name, shape in SHAPES.items()}
     how = make_train(optimizer=optimizer, lr=0.01)
-    found = {}
-    for device in ("cpu", DEVICE):
+    found = []
+    for device, chosen in (("cpu", EAGER), (DEVICE, Way(way, at_once=2))):
         task = make_task(device=device)
         watched = Watched(
             every=5, tighter=lambda arm, look, device=device: {name: mask.to(device) for name, mask in kept.items()}
         )
         arms = [Arm(f"a{seed}", task.start(seed), masks.dense(SHAPES), seed, replicate=seed) for seed in (3, 4)]
-        chosen = Way(way, at_once=2) if device == DEVICE else EAGER
-        found[device] = [outcome for _, outcome in fit(arms, task, how, way=chosen, paths=True, watched=watched)]
-    for here, there in zip(*found.values(), strict=True):
+        found.append([outcome for _, outcome in fit(arms, task, how, way=chosen, paths=True, watched=watched)])
+    for here, there in zip(*found, strict=True):
         assert not masks.nonzero_outside(kept, {name: t.cpu() for name, t in there.final.items()})
         for name in here.path:
             torch.testing.assert_close(there.path[name].cpu(), here.path[name], rtol=1e-3, atol=1e-5)
