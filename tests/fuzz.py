@@ -4,7 +4,8 @@
 
 Each input is a valid file of its kind, mutated: bytes flipped, cut, spliced and doubled, or, so that mutations get past
 the outermost check, what is inside changed and packed again with the right lengths and checksums (tests/mutate.py).
-Readers run in forked processes. What counts as a fault: an exception other than TicketfindError; more than 5 seconds;
+Readers run in forked processes. What counts as a fault: an exception other than TicketfindError; more than 5 seconds
+of the processor (a machine that is busy with other things takes longer by the clock);
 memory, taken or only asked for, beyond 4 times the file's size and 64 MiB (of what is compressed, beyond 4 times what
 `limits.inflated` lets it hold); a crash; any code run, program started, connection made or file written; a message that
 is no short line.
@@ -43,6 +44,8 @@ from ticketfind.tensorfile import read_tensors
 from ticketfind.ticket import changed_sections, load_ticket
 
 SECONDS = 5.0
+MOST_WAITED = 60.0
+"""By the clock, for a process that sleeps or does not hear the alarm."""
 BATCH = 400
 """Inputs of one forked process."""
 
@@ -250,10 +253,10 @@ def judge(reader: Reader, path: Path, size: int) -> Verdict:
     room = reader.most(size) + 2**24  # of the interpreter's own
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + room, hard))
     fault, accepted = None, False
-    began = time.perf_counter()
+    began = time.process_time()
     with _watched() as events:
         try:
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 reader.read(path)
@@ -267,8 +270,8 @@ def judge(reader: Reader, path: Path, size: int) -> Verdict:
         except BaseException as error:
             fault = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    seconds = time.perf_counter() - began
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    seconds = time.process_time() - began
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
     if events:
         fault = f"does {events[0]}"
@@ -329,7 +332,7 @@ def _batch(reader: Reader, make: Callable[[int], bytes], batch: list[int], folde
     if not pid:
         try:
             sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
-            signal.signal(signal.SIGALRM, _alarmed)
+            signal.signal(signal.SIGPROF, _alarmed)
             path = folder / reader.file
             (folder / "w-1.safetensors").write_bytes(KINDS["weights"]()[0])  # what a sharded checkpoint's index names
             for place, number in enumerate(batch):
@@ -351,7 +354,7 @@ def _batch(reader: Reader, make: Callable[[int], bytes], batch: list[int], folde
             done, last = done + 1, time.monotonic()
         if done < len(batch) and _RECORD.unpack_from(board, done * _RECORD.size)[0] != READING:
             last = time.monotonic()  # its input is being made
-        if status is None and time.monotonic() - last > 4 * SECONDS:
+        if status is None and time.monotonic() - last > MOST_WAITED:
             os.kill(pid, signal.SIGKILL)
     for place in range(done):
         _, accepted, seconds, taken, text = _RECORD.unpack_from(board, place * _RECORD.size)

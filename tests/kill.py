@@ -24,7 +24,7 @@ from typing import Any
 from ticketfind import assemble, files, layers, plan, rundir, search, snapshots, tensorfile
 from ticketfind.results import Round
 
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "name": "killed",
     "train": {"iterations": 400, "eval_every": 100, "batch_size": 60, "optimizer": "adam", "lr": 1.2e-3},
     "prune": {"rounds": 3, "rewind": "150it", "scope": "layer"},
@@ -186,8 +186,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--iterations", type=int, default=400, help="of each training; the suite takes fewer")
     parser.add_argument("--named", action="store_true", help="also at moments of named files, the ticket among them")
     asked = parser.parse_args()
+    RECIPE["train"] |= {"iterations": asked.iterations, "eval_every": asked.iterations // 4}
+    RECIPE["prune"] |= {"rewind": f"{asked.iterations * 3 // 8}it"}
     dice, tally, began = random.Random(asked.seed), Tally(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         references = {}

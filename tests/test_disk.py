@@ -131,7 +131,7 @@ def test_a_disk_that_goes_away(
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         wait_for(out / "log.jsonl", lines=2)
         out.rename(away)
-        assert process.wait(60) == 1
+        assert process.wait(300) == 1
         assert process.stderr is not None
         told = process.stderr.read()
     assert "the run directory has gone while the search was at work" in told and "Traceback" not in told
@@ -228,7 +228,7 @@ def test_a_place_that_may_not_be_read_is_one_line(name: str, command: Callable[.
 
 
 def wait_for(log: Path, *, lines: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (log.exists() and log.read_bytes().count(b"\n") >= lines):
         assert time.monotonic() < deadline
         time.sleep(0.005)

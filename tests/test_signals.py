@@ -157,7 +157,7 @@ def test_a_search_outlives_its_terminal_by_a_snapshot(tmp_path: Path) -> None:
     while b"it/s" not in seen:
         seen += os.read(master, 4096)
     os.close(master)
-    assert process.wait(timeout=30) == 129
+    assert process.wait(timeout=120) == 129
     deadline = time.monotonic() + 10
     while not [*out.glob("state/00-*.safetensors")]:
         assert time.monotonic() < deadline

@@ -640,9 +640,9 @@ def test_ticketfind_stopped_or_killed(
     asked += ["--out", "run"]
     pids = tmp_path / "run/arms/round-1-replicate-0/pids"
     with subprocess.Popen([sys.executable, "-m", "ticketfind", *asked], stderr=subprocess.PIPE, text=True) as search:
-        wait_for(pids.exists, 60)
+        wait_for(pids.exists, 300)
         search.send_signal(number)
-        _, err = search.communicate(timeout=30)
+        _, err = search.communicate(timeout=120)
     assert search.returncode == (130 if number == signal.SIGINT else -number), err
     if number == signal.SIGKILL:
         wait_for(lambda: gone([*map(int, pids.read_text().split())]), 10)
