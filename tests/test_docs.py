@@ -327,7 +327,7 @@ def test_the_ticket_metadata_is_documented(call: Callable[..., str], tmp_path: P
 
 
 @pytest.mark.parametrize("page", ["guide.md", "recipes.md"])
-def test_examples_of_python_run(page: str) -> None:
+def test_examples_of_python_run(page: str, tmp_path: Path) -> None:
     import torch
 
     namespace: dict[str, Any] = {}
@@ -336,9 +336,27 @@ def test_examples_of_python_run(page: str) -> None:
     if page == "guide.md":
         (inputs, targets), test = namespace["blobs"](classes=4)
         assert len(inputs) == len(targets) == 300 and len(test) == 100
+        _smaller_network_trains(namespace["smaller"], tmp_path / "small.safetensors")
     else:
         weights = {"w": torch.tensor([1.0, -3.0])}
         assert namespace["relative_movement"](weights, {"w": torch.tensor([1.0, 1.0])})["w"].tolist() == [0.0, 4.0]
+
+
+def _smaller_network_trains(smaller: Callable[..., Any], file: Path) -> None:
+    import torch
+    from torch import nn
+
+    from ticketfind.shrink import save, shrink
+
+    pytest.importorskip("torch_pruning")
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[:, 1:3], mask[0, 0] = False, False
+    save(shrink(model, {"2.weight": mask}, torch.randn(3, 4)), file, force=False)
+    optimizer = smaller(model, file)
+    model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    assert model[0].weight.shape == (4, 4) and not model[2].weight[0, 0] and model[2].weight[1].all()
 
 
 def test_the_example_recipe_is_one() -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ticketfind.recipe import Recipe
     from ticketfind.rundir import RunDir
     from ticketfind.terminal import Screen
+    from ticketfind.ticket import Ticket
 
 app = typer.Typer(
     name="ticketfind",
@@ -114,24 +115,57 @@ def _resumable(run: "RunDir", screen: "Screen") -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ export
 
 
+@options.for_recipe("model", "model_arg", "data", "data_arg", "device")
 def export(
+    *,
     source: options.TicketOrRun = None,
     round: options.Round = None,
     replicate: options.Replicate = None,
     format: options.Format = options.ExportFormat.ticket,
+    shrink: options.Shrink = False,
     out: options.ExportOut = None,
     force: options.Force = False,
+    settings: options.Settings,
+    trust: options.Trust = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write a ticket as one safetensors file: mask and initial weights, not trained ones."""
+    """Write a ticket as one safetensors file: mask and initial weights, not trained ones.
+
+    --shrink needs the network and a few examples too: the ticket's own, or those that --model and --data name.
+    """
     from ticketfind import terminal, ticket, views
 
     screen = terminal.Screen(as_json=as_json, quiet=quiet)
     found, name = targets.ticket_at(source, round, replicate)
+    if shrink:
+        if format is not options.ExportFormat.ticket:
+            raise typer.BadParameter(f"--shrink writes a plain state dict; leave out --format {format.value}")
+        trusted = trust or source is None or source.is_dir()
+        return _export_shrunk(found, out or Path(f"{name}-shrunk.safetensors"), force, settings, trusted, screen)
+    if settings:
+        raise typer.BadParameter(f"{', '.join(settings)}: for --shrink")
     path = out or Path(f"{name}-{format.value}.safetensors")
     ticket.write_as(found, path, format.value, force=force)
     views.show_export(screen, found, path, format.value)
+
+
+def _export_shrunk(
+    found: "Ticket", path: Path, force: bool, settings: options.Settings, trusted: bool, screen: "Screen"
+) -> None:
+    from ticketfind import assemble, smaller, speed
+    from ticketfind import shrink as shrinking
+
+    recipe, task = assemble.of_ticket(found.about.recipe, settings, where=path, elsewhere=True, trusted=trusted, arms=1)
+    if task.data is None:
+        raise TicketfindError("--shrink: expected data, of which the network sees a few examples; give --data")
+    found.apply(task.model)
+    batches = [task.data.example(size)[0] for size in (1, recipe.train.batch_size)]
+    small = shrinking.shrink(task.model, dict(found.masks), task.data.example(16)[0])
+    shrinking.save(small, path, force=force)
+    with signals.training():
+        measured = speed.compared(task.model.eval(), small.model, batches)
+    smaller.show(screen, path, small, measured)
 
 
 # -------------------------------------------------------------------------------------------------- diff

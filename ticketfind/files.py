@@ -1,5 +1,6 @@
 """Files that are whole or absent."""
 
+import filecmp
 import os
 import tempfile
 from collections.abc import Iterator
@@ -77,6 +78,12 @@ def write_text(path: Path, text: str, root: Path | None = None) -> None:
     """Write `text` so that `path` is whole or absent; root: as `whole` has it."""
     with whole(path, root) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_replaceable(path: Path, temporary: Path, *, force: bool) -> None:
+    """Raise TicketfindError where `path` holds something else than `temporary`, unless with `force`."""
+    if path.exists() and not force and not filecmp.cmp(path, temporary, shallow=False):
+        raise TicketfindError(f"{path}: exists with other content; give another --out, or --force to replace it")
 
 
 def leftovers(folder: Path) -> list[Path]:

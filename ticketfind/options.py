@@ -243,6 +243,10 @@ Format = Annotated[
 ExportOut = Annotated[
     Path | None, typer.Option("--out", "-o", help="File to write; default: RUN-FORMAT.safetensors here.")
 ]
+Shrink = Annotated[
+    bool,
+    _option("--shrink", "Without the units that the mask has emptied: a smaller dense network of the same outputs."),
+]
 Beside = Annotated[
     Path | None,
     _option(

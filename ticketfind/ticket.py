@@ -1,6 +1,5 @@
 """The ticket file, version 1: masks, initial weights, and where they come from. docs/ticket-format.md describes it."""
 
-import filecmp
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -315,8 +314,7 @@ def write_as(ticket: Ticket, path: Path, form: str, *, force: bool) -> None:
             save_tensors(temporary, ticket.weights())
         else:
             save_tensors(temporary, torch_prune_state(ticket))
-        if path.exists() and not force and not filecmp.cmp(path, temporary, shallow=False):
-            raise TicketfindError(f"{path}: exists with other content; give another --out, or --force to replace it")
+        files.check_replaceable(path, temporary, force=force)
 
 
 def torch_prune_state(ticket: Ticket) -> dict[str, Tensor]:
