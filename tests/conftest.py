@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ticketfind import cli, prunable
+from ticketfind import plan as planning
 from ticketfind import search as searching
+from ticketfind.arms import Task
 from ticketfind.batches import Data, Split
 from ticketfind.layers import from_layers
-from ticketfind.masks import SCORES, ScoreFn
 from ticketfind.recipe import Recipe, Train
 from ticketfind.results import Round
 from ticketfind.rundir import RunDir
+from ticketfind.scores import SCORES, Score
 from ticketfind.ticket import Provenance, Ticket
-from ticketfind.train import Task
 
 
 class Mlp(nn.Module):
@@ -155,9 +156,9 @@ def run_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Mock) -> 
     monkeypatch.chdir(tmp_path)
 
     def run(
-        recipe: Recipe, task: Task, path: Path, score: ScoreFn = SCORES["magnitude"], watch: Any = watch
+        recipe: Recipe, task: Task, path: Path, score: Score = SCORES["magnitude"], watch: Any = watch
     ) -> list[Round]:
-        plan = searching.make_plan(recipe, task.model)
+        plan = planning.make_plan(recipe, task.model)
         return searching.search(recipe, task, RunDir(path), plan, score, watch)
 
     return run
@@ -170,6 +171,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    """What a command that runs in this process does on signals ends with the test."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -220,7 +231,6 @@ def command(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     before = {*sys.modules}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(*arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["ticketfind", *map(str, arguments)])
@@ -234,8 +244,6 @@ def command(
         return Ran(code, *capfd.readouterr())
 
     yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     for name, module in [*sys.modules.items()]:
         if name not in before and (getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
             del sys.modules[name]

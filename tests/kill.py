@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ticketfind import assemble, files, layers, rundir, search, snapshots, tensorfile
+from ticketfind import assemble, files, layers, plan, rundir, search, snapshots, tensorfile
 from ticketfind.results import Round
 
 RECIPE = {
@@ -61,8 +61,8 @@ def attempt(out: Path, engine: str, prepare: Callable[[], None] = lambda: None) 
         snapshots.SHARE = 1.0  # as many as there is time for
         prepare()
         recipe, task = assemble.assemble(layers.from_layers(RECIPE, {"run": {"engine": engine}}))
-        plan = search.make_plan(recipe, task.model)
-        search.search(recipe, task, rundir.claim(recipe, out), plan, assemble.score_function(recipe), Silent())
+        planned = plan.make_plan(recipe, task.model)
+        search.search(recipe, task, rundir.claim(recipe, out), planned, assemble.score_of(recipe), Silent())
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         os._exit(1)

@@ -10,10 +10,10 @@ import torch
 
 from ticketfind import TicketfindError, masks
 from ticketfind.agreement import between, difference
+from ticketfind.arms import Task
 from ticketfind.rundir import RunDir
 from ticketfind.tensorfile import read_tensors
 from ticketfind.ticket import Ticket
-from ticketfind.train import Task
 
 
 def test_difference(make_task: Callable[..., Task], make_ticket: Callable[..., Ticket]) -> None:

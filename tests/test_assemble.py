@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from ticketfind import TicketfindError, assemble, masks, models
+from ticketfind import TicketfindError, assemble, models, scores
 from ticketfind.connection import is_disconnected
 from ticketfind.layers import from_layers
 from ticketfind.recipe import RecipeError
@@ -159,11 +159,12 @@ def test_a_recipe_error_is_told_apart(user):
         assemble.assemble(recipe(user, train_batch_size=37))
 
 
-def test_score_functions(user):
-    assert assemble.score_function(recipe(user)) is masks.SCORES["magnitude"]
-    assert assemble.score_function(recipe(user, prune_score="user:score"))({"w": 1}, {}) == {"w": 1}
+def test_score_ofs(user):
+    assert assemble.score_of(recipe(user)) is scores.SCORES["magnitude"]
+    own = assemble.score_of(recipe(user, prune_score="user:score"))
+    assert own.function(scores.Seen({"w": 1}, {}, {})) == {"w": 1}
     with pytest.raises(TicketfindError, match="expected a function, found int"):
-        assemble.score_function(recipe(user, prune_score="user:number"))
+        assemble.score_of(recipe(user, prune_score="user:number"))
 
 
 def test_a_ticket_is_trained_again_without_its_checkpoint(user):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ticketfind import TicketfindError, attack
+from ticketfind.arms import State, Task
 from ticketfind.attack import Attack, Attacked
 from ticketfind.batches import Data, Split
-from ticketfind.train import State, Task
 
 pytest.importorskip("art")
 

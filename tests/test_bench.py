@@ -7,11 +7,11 @@ import pytest
 from one_arm import OneArm
 
 from ticketfind import TicketfindError, bench
+from ticketfind.arms import Task
 from ticketfind.batches import Order
 from ticketfind.devices import EAGER
 from ticketfind.outputs import cross_entropy
 from ticketfind.recipe import Train
-from ticketfind.train import Task
 
 
 @pytest.mark.parametrize(

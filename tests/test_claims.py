@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from ticketfind import claims
+from ticketfind import beside, claims
 from ticketfind.claims import DOES_NOT, HOLDS, NOT_TESTED, UNDECIDED, Evaluated, Findings
 from ticketfind.results import Round, Spread, Stats
 
@@ -153,3 +155,38 @@ def test_no_claim_holds_by_one_replicate() -> None:
         movement=[(0.5, 0.1)],
     )
     assert {claim.status for claim in claims.of_run(found)} == {NOT_TESTED}
+
+
+PRUNED = (0.5, arm(0.96)), (0.2, arm(0.955))
+
+
+@pytest.mark.parametrize(
+    ("dropped", "plain", "expected"),
+    [
+        (findings((0.5, arm(0.98)), dense=(1.0, arm(0.97))), findings(*PRUNED), HOLDS),
+        (findings((0.5, arm(0.98)), dense=(1.0, arm(0.94))), findings(*PRUNED), DOES_NOT),  # dropout alone hurts
+        (findings((0.5, arm(0.96)), dense=(1.0, arm(0.97))), findings(*PRUNED), DOES_NOT),  # pruning hurts it
+        (
+            findings((0.5, arm(0.965)), dense=(1.0, arm(0.96))),
+            findings((0.5, arm(0.98))),
+            DOES_NOT,
+        ),  # less than pruning
+        (findings((0.5, arm(0.98)), dense=(1.0, arm(0.951))), findings(*PRUNED), UNDECIDED),
+        (findings(), findings(*PRUNED), NOT_TESTED),
+        (findings((0.5, arm(0.98, n=1)), dense=(1.0, arm(0.97, n=1))), findings(*PRUNED), NOT_TESTED),
+    ],
+)
+def test_the_claim_on_dropout(dropped: Findings, plain: Findings, expected: str) -> None:
+    claim = beside.dropout_adds_up(dropped, plain, 0.5)
+    assert (claim.number, claim.text, claim.status) == (11, claims.TEXTS[11], expected)
+
+
+def test_choosing_the_best_of_many_rounds_costs_confidence() -> None:
+    """Welch's interval by scipy, at 95 % shared out over the rounds that the two best were chosen from."""
+    best, other = arm(0.963), arm(0.96)
+    dropped = findings(*[(0.5**n, best if n == 1 else arm(0.9)) for n in range(1, 7)], dense=(1.0, arm(0.94)))
+    plain = findings(*[(0.5**n, other if n == 1 else arm(0.9)) for n in range(1, 5)])
+    values = [np.array(found.accuracy_early.values) for found in (best, other)]
+    interval = stats.ttest_ind(*values, equal_var=False).confidence_interval(1 - 0.05 / 10)
+    figures = beside.dropout_adds_up(dropped, plain, 0.5).figures
+    assert f"(95 %: {100 * interval.low:+.2f} to {100 * interval.high:+.2f}) from the highest without" in figures

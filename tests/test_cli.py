@@ -62,7 +62,6 @@ class Ran:
 def run(tmp_path, monkeypatch, capfd) -> Iterator:
     """run("search", ...) in this process, in an empty folder, as the console script would."""
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(*arguments: str) -> Ran:
         monkeypatch.setattr(sys, "argv", ["ticketfind", *map(str, arguments)])
@@ -74,9 +73,7 @@ def run(tmp_path, monkeypatch, capfd) -> Iterator:
             code = stop.code or 0
         return Ran(code, *capfd.readouterr())
 
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return call
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ticketfind import TicketfindError, masks, prunable
+from ticketfind.arms import Task
 from ticketfind.connection import is_disconnected
 from ticketfind.recipe import Recipe
 from ticketfind.results import Round
-from ticketfind.train import Task
 
 MakeTask = Callable[..., Task]
 

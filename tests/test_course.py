@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import IterableDataset, TensorDataset
 
 from ticketfind import batches, train
+from ticketfind.arms import Arm, Outcome, Task
 from ticketfind.batches import Data, Order, Split
 from ticketfind.course import Course, Failed, Point, Snapshot, course_of, snapshot, take_up
 from ticketfind.devices import EAGER, Way
@@ -32,7 +33,7 @@ from ticketfind.outputs import cross_entropy
 from ticketfind.recipe import Train
 from ticketfind.snapshots import Snapshots
 from ticketfind.streams import Flow, Stream
-from ticketfind.train import Arm, Outcome, Task, fit
+from ticketfind.train import fit
 
 CPU = torch.device("cpu")
 MakeTask = Callable[..., Task]

@@ -1,13 +1,21 @@
 """Disks that are full, read-only or gone: a clear line, what was whole stays whole, and the same command goes on."""
 
+import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from ticketfind import TicketfindError, tensorfile
+from ticketfind import contents as contents_of_runs
+from ticketfind.recipe import Recipe
+from ticketfind.rundir import RunDir
+from ticketfind.train import Task
 
 SEARCH = [
     sys.executable, "-m", "ticketfind", "search", "--iterations", "150", "--rounds", "3", "--replicates", "2",
@@ -111,6 +119,87 @@ def test_a_disk_that_goes_away(tmp_path: Path, undisturbed: dict[str, bytes]) ->
     away.rename(out)
     assert search(out).returncode == 0
     assert contents(out) == undisturbed
+
+
+LOST = [
+    (contents_of_runs, "finished_rounds", (1, 3, 4)),
+    (tensorfile, "save_file", (1, 3, 6, 11)),
+    (RunDir, "append", (1, 2, 5)),
+    (RunDir, "log", (2, 3)),
+    (RunDir, "finish", (1,)),
+]
+"""Where a search reads or writes its folder, and at which calls that goes away."""
+
+
+@pytest.mark.parametrize(("where", "name", "number"), [(*each, n) for *each, calls in LOST for n in calls])
+def test_a_folder_that_goes_away_at_any_moment(
+    where: Any, name: str, number: int, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe],
+    run_search: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    """One line that says which folder, and nothing is begun anew in its place."""
+    out, calls, function = tmp_path / "run", [0], getattr(where, name)
+
+    def leave(*arguments: Any, **keywords: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == number:
+            out.rename(tmp_path / "away")
+        return function(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, leave)
+        with pytest.raises(TicketfindError, match=f"^{out}: the run directory has gone while the search was at work"):
+            run_search(make_recipe(), make_task(), out)
+    assert calls[0] >= number and not out.exists()
+    (tmp_path / "away").rename(out)
+    run_search(make_recipe(), make_task(), out)
+    run_search(make_recipe(), make_task(), tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_log_that_goes_away_is_missed(
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    out, finished_rounds = tmp_path / "run", contents_of_runs.finished_rounds
+
+    def lose(*arguments: Any) -> Any:
+        (out / "log.jsonl").unlink()
+        return finished_rounds(*arguments)
+
+    monkeypatch.setattr(contents_of_runs, "finished_rounds", lose)
+    with pytest.raises(TicketfindError, match=r"log\.jsonl: expected all of round 0, found less: lines .* have gone"):
+        run_search(make_recipe(), make_task(), out)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["search", "--out", "LONG"], ["inspect", "LONG.safetensors"], ["report", "LONG"], ["eval", "LONG"],
+     ["export", "LONG"], ["verify", "LONG"], ["diff", "LONG", "LONG"], ["search", "LONG.yaml"],
+     ["search", "--data", "LONG", "--model", "lenet-300-100"], ["search", "--checkpoint", "LONG"],
+     ["stability", "LONG"], ["search", "--model", "LONG.py:net", "--data", "digits"]],
+    ids=lambda words: "-".join(words[:2]),
+)  # fmt: skip
+def test_a_name_that_is_too_long_is_one_line(arguments: list[str], command: Callable[..., Any]) -> None:
+    ran = command(*(word.replace("LONG", "x" * 300) for word in arguments))
+    assert ran.code in (1, 2) and "Traceback" not in ran.err
+    assert len(ran.err.splitlines()) == 1 and "error: " in ran.err and "x" * 60 in ran.err, ran.err
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="takes root, who may cease to be it")
+@pytest.mark.parametrize("name", ["search --out", "inspect", "report", "eval", "verify", "export"])
+def test_a_place_that_may_not_be_read_is_one_line(name: str, command: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o700)
+    modes = {folder: folder.stat().st_mode for folder in (tmp_path, *tmp_path.parents[:2])}
+    for folder, mode in modes.items():
+        folder.chmod(mode | 0o055)
+    os.seteuid(65534)
+    try:
+        ran = command(*name.split(), tmp_path / "closed" / "run")
+    finally:
+        os.seteuid(0)
+        for folder, mode in modes.items():
+            folder.chmod(mode)
+    assert ran.code == 1 and ran.err.count("\n") == 1 and "Permission denied" in ran.err, ran.err
 
 
 def wait_for(log: Path, *, lines: int) -> None:

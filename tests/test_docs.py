@@ -62,7 +62,7 @@ def rows(text: str) -> list[list[str]]:
 def call(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
     """call("export", "--json") -> its stdout; in a folder of its own that holds a finished run."""
     folder = tmp_path_factory.mktemp("docs")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def run(*arguments: str) -> str:
         out = io.StringIO()

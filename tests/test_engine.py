@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from ticketfind import TicketfindError, devices, engine, forks
+from ticketfind.arms import Arm, Task
 from ticketfind.batches import Data, Feed, Order, Split
 from ticketfind.course import Failed
 from ticketfind.devices import Way
@@ -30,7 +31,7 @@ from ticketfind.examples import source_of
 from ticketfind.lanes import Lane, Member, Stack
 from ticketfind.recipe import Recipe, Train
 from ticketfind.streams import Stream
-from ticketfind.train import Arm, Task, cross_entropy, fit
+from ticketfind.train import cross_entropy, fit
 
 processes = pytest.mark.skipif(sys.platform != "linux", reason="arms side by side need Linux")
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ticketfind import TicketfindError, contents, experiments, masks, results
+from ticketfind.arms import Arm, Outcome, Task
 from ticketfind.batches import Split
 from ticketfind.devices import EAGER, Way
 from ticketfind.experiments import Design, Evaluation, default_trials, noisy
 from ticketfind.recipe import Recipe, Train
 from ticketfind.rundir import RunDir
 from ticketfind.ticket import Ticket, load_ticket
-from ticketfind.train import Arm, Outcome, Task, fit
+from ticketfind.train import fit
 from ticketfind.verdict import verdict
 
 WAYS = [

@@ -55,6 +55,46 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
     assert names(tmp_path) == ["file", "folder"]
 
 
+def test_a_folder_that_has_gone_is_not_begun_anew(tmp_path):
+    root = tmp_path / "run"
+    for path in (root / "finished", root / "init" / "deep" / "0.safetensors"):
+        with pytest.raises(TicketfindError, match=f"{path}: cannot write: No such file or directory"):
+            files.write_text(path, "", root)
+    assert names(tmp_path) == []
+    root.mkdir()
+    files.write_text(root / "init" / "deep" / "0.safetensors", "", root)
+    assert names(root / "init" / "deep") == ["0.safetensors"]
+
+
+def test_new_names_are_on_disk_and_folders_too(tmp_path, monkeypatch):
+    """Each folder is flushed after what is new in it has got its name."""
+    synced = []
+    monkeypatch.setattr(files, "_sync", lambda path: synced.append((path.name, names(path) if path.is_dir() else None)))
+    (tmp_path / "a").mkdir()
+    files.write_text(tmp_path / "a" / "b" / "c" / "d.txt", "")
+    temporary = synced.pop(2)
+    assert temporary[0].startswith(".d.txt.") and temporary[1] is None
+    assert synced == [("a", ["b"]), ("b", ["c"]), ("c", ["d.txt"])]
+
+
+def test_the_first_error_is_told_though_nothing_can_be_removed(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    with pytest.raises(ValueError, match="the reason"), files.whole(tmp_path / "a.txt"):
+        monkeypatch.setattr(Path, "unlink", fail)
+        raise ValueError("the reason")
+
+
+def test_a_name_may_be_as_long_as_the_system_allows_and_no_longer(tmp_path):
+    files.write_text(tmp_path / ("ä" * 127), "x")
+    assert (tmp_path / ("ä" * 127)).read_text() == "x"
+    for path in (tmp_path / ("a" * 256), tmp_path / ("b" * 256) / "c"):
+        with pytest.raises(TicketfindError, match="cannot write: File name too long"):
+            files.write_text(path, "x")
+    assert names(tmp_path) == ["ä" * 127]
+
+
 # ------------------------------------------------------------------------------------------------ tensors
 
 

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from ticketfind import models
+from ticketfind.arms import Arm
 from ticketfind.connection import is_disconnected
 from ticketfind.devices import Way
-from ticketfind.train import Arm, fit
+from ticketfind.train import fit
 
 
 class Counting(nn.Module):

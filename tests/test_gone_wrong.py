@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ticketfind import TicketfindError, contents, forks, masks, prunable
+from ticketfind.arms import Task
 from ticketfind.connection import is_disconnected
 from ticketfind.recipe import Recipe
 from ticketfind.results import Round
 from ticketfind.rundir import RunDir
-from ticketfind.train import Task
 
 MakeTask = Callable[..., Task]
 MakeRecipe = Callable[..., Recipe]
@@ -139,8 +139,8 @@ def test_a_deep_network_that_is_cut_off_is_noticed(net: Callable[[], nn.Module],
 
 
 @linux
-def test_a_process_that_cannot_keep_what_it_has_done_leaves_quietly(capfd: pytest.CaptureFixture[str]) -> None:
-    """Stopped while its disk is full: nobody listens any more, and no traceback comes of it."""
+def test_a_process_that_cannot_keep_what_it_has_done_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    """Stopped while its disk is full: told by the error, not by a traceback of the process."""
 
     def train(_: int, tick: forks.Tick) -> None:
         try:
@@ -154,6 +154,7 @@ def test_a_process_that_cannot_keep_what_it_has_done_leaves_quietly(capfd: pytes
         if iterations:
             raise Stop
 
-    with pytest.raises(Stop):
+    with pytest.raises(TicketfindError, match="no space left") as caught:
         [*forks.side_by_side(2, 2, train, tick)]
+    assert isinstance(caught.value.__cause__, Stop)
     assert capfd.readouterr().err == ""

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ticketfind import TicketfindError, engine, invariants, lanes, masks
 from ticketfind import search as searching
+from ticketfind.arms import Task
 from ticketfind.digests import digest
 from ticketfind.invariants import Violated, is_same, of_pruning, of_start, of_training
 from ticketfind.recipe import Recipe
-from ticketfind.train import Task
 
 Search = Callable[..., Any]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="arms side by side need Linux")

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
-from ticketfind import lanes
+from ticketfind import updates
+from ticketfind.arms import Task
 from ticketfind.lanes import Lane, Member, Stack, learning_rate
 from ticketfind.masks import Masks
 from ticketfind.nets import NETS
 from ticketfind.outputs import cross_entropy
 from ticketfind.recipe import Train
-from ticketfind.train import Task
 
 ADAPTIVE = [name for name, settings in OPTIMIZERS.items() if settings["optimizer"] != "sgd"]
 
@@ -445,10 +445,10 @@ def test_an_infinite_second_moment_does_what_masks_do_to_the_bit(
 ) -> None:  # fmt: skip
     model, how = make_task("normed").model, make_train(iterations=30, **OPTIMIZERS[optimizer])
     starts, batches = starts_of(model, 3), random_batches(30, 3 * 16)
-    assert lanes._divides_by_infinity(torch.device("cpu"), torch.float32)
+    assert updates._divides_by_infinity(torch.device("cpu"), torch.float32)
     found = []
     for holds in (True, False):
-        monkeypatch.setattr(lanes, "_divides_by_infinity", lambda device, dtype, holds=holds: holds)
+        monkeypatch.setattr(updates, "_divides_by_infinity", lambda device, dtype, holds=holds: holds)
         members = members_of(kind, model, starts, how)
         losses = train(members, batches, how)
         found.append((losses, [state for member in members for state in member.states()]))
@@ -526,7 +526,7 @@ def test_an_optimizer_that_does_not_hold_pruned_weights_is_found_out(
 
     model, how = make_task("mlp").model, make_train(optimizer="adam", lr=0.01)
     starts = starts_of(model, 2)
-    lanes._divides_by_infinity.cache_clear()
+    updates._divides_by_infinity.cache_clear()
     monkeypatch.setattr(torch, "_fused_adam_", moves_everything)
     try:
         members = members_of(kind, model, starts, how)
@@ -534,4 +534,4 @@ def test_an_optimizer_that_does_not_hold_pruned_weights_is_found_out(
         state = [state for member in members for state in member.states()][1]
         assert all(torch.equal(state[name] == 0, ~mask) for name, mask in starts[1][1].items())
     finally:
-        lanes._divides_by_infinity.cache_clear()
+        updates._divides_by_infinity.cache_clear()

@@ -15,7 +15,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ticketfind"
 MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-LIGHT = ("rundir", "results", "recipe", "layers", "readers", "specs", "files", "terminal", "views", "options")
+LIGHT = (
+    "rundir", "results", "recipe", "layers", "readers", "specs", "files", "terminal", "views", "outlook", "options",
+)  # fmt: skip
 COMMANDS = ("cli", "judging")
 """Their functions may import anything."""
 

@@ -116,63 +116,6 @@ def test_groups(fractions, scope, expected):
     assert [(g.names, g.fraction) for g in masks.make_groups(NAMES, fractions, scope)] == expected
 
 
-# -------------------------------------------------------------------------------------------------- scores
-
-TRAINED, INITIAL = np.array([[-3.0, 0.5], [1.0, 0.0]], np.float32), np.array([[1.0, -2.0], [1.0, -0.5]], np.float32)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("magnitude", [[3, 0.5], [1, 0]]),
-        ("movement", [[4, 2.5], [0, 0.5]]),
-        ("magnitude_increase", [[2, -1.5], [0, -0.5]]),
-        ("large_init", [[1, 2], [1, 0.5]]),
-    ],
-)
-def test_scores_by_hand(name, expected):
-    found = masks.score(masks.SCORES[name], {"w": torch.from_numpy(TRAINED)}, {"w": torch.from_numpy(INITIAL)}, seed=0)
-    assert found["w"].tolist() == expected
-
-
-def test_random_scores_follow_from_the_seed_and_leave_the_generator_alone():
-    weights = {"w": torch.zeros(50)}
-    before = torch.get_rng_state()
-    a, b, c = (masks.score(masks.SCORES["random"], weights, weights, seed=seed)["w"] for seed in (1, 1, 2))
-    assert torch.equal(a, b)
-    assert not torch.equal(a, c)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def failing(trained, initial):
-    raise KeyError("w9")
-
-
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (lambda t, i: {}, "score of w: expected a tensor of shape (2, 2), found NoneType"),
-        (lambda t, i: {"w": t["w"][0]}, "score of w: expected a tensor of shape (2, 2), found shape (2,)"),
-        (lambda t, i: {"w": TRAINED}, "score of w: expected a tensor of shape (2, 2), found ndarray"),
-        (lambda t, i: {"w": t["w"] / 0}, "score of w: expected finite numbers"),
-        (lambda t, i: [t["w"]], "score: expected a dict of tensors by parameter, found list"),
-        (failing, "score: the function failed: KeyError: 'w9'"),
-    ],
-)
-def test_bad_scores_are_named(function, message):
-    weights = {"w": torch.from_numpy(TRAINED)}
-    with pytest.raises(TicketfindError) as error:
-        masks.score(function, weights, weights, seed=0)
-    assert message in str(error.value)
-
-
-def test_a_score_may_be_a_choice():
-    weights = {"w": torch.from_numpy(TRAINED)}
-    scores = masks.score(lambda t, i: {"w": t["w"] == 1}, weights, weights, seed=0)
-    kept = masks.prune(masks.dense({"w": (2, 2)}), scores, [Group(("w",), 0.75)])
-    assert kept["w"].tolist() == [[False, False], [True, False]]
-
-
 # ---------------------------------------------------------------------------------- masks and random masks
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ticketfind import masks
+from ticketfind.scores import SCORES, Seen, scored
 from ticketfind.tensorfile import read_tensors, save_tensors
 from ticketfind.ticket import Provenance, Ticket
 
@@ -65,7 +66,7 @@ def test_pruning_holds_a_score_and_a_byte_for_each_weight(scope: str, kept: floa
     old = {name: torch.rand(SIZE, generator=generator) < kept for name in weights}
     groups = masks.make_groups([*weights], {"*": 0.2}, scope)
     with Held() as held:
-        scores = masks.score(masks.SCORES["magnitude"], weights, weights, seed=0)
+        scores = scored(SCORES["magnitude"], Seen(weights, weights, old), seed=0)
         new = masks.prune(old, scores, groups)
     assert 5 * COUNT * SIZE <= held.most <= 5 * COUNT * SIZE + 16 * SIZE
     for group in [[*weights]] if scope == "global" else [[name] for name in weights]:

@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from ticketfind import forks
+from ticketfind.arms import Arm
+from ticketfind.devices import Way
 from ticketfind.nets import NETS
+from ticketfind.train import fit
 
 
 @pytest.mark.parametrize(
@@ -80,3 +84,44 @@ def test_vgg_has_16_convolutions_and_no_image_left():
     assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) == 16
     with torch.no_grad():
         assert model.eval().features(torch.zeros(1, 3, 32, 32)).shape == (1, 512, 2, 2)
+
+
+@pytest.mark.parametrize("name", ["lenet-300-100", "conv-2"])
+def test_dropout_is_after_the_hidden_fully_connected_layers_and_in_no_state(name):
+    torch.manual_seed(0)
+    plain, dropped = NETS[name](input_shape=(1, 8, 8)), NETS[name](input_shape=(1, 8, 8), dropout=0.5)
+    dropped.load_state_dict(plain.state_dict(), strict=True)
+    x = torch.randn(64, 1, 8, 8)
+    torch.testing.assert_close(dropped.eval()(x), plain(x), rtol=0, atol=0)
+    seen = {}
+    for layer in ("fc1", "fc2", "fc3"):
+        getattr(dropped, layer).register_forward_hook(
+            lambda module, inputs, output, layer=layer: seen.__setitem__(layer, (inputs[0], output))
+        )
+    dropped.train()(x)
+    for before, after in (("fc1", "fc2"), ("fc2", "fc3")):
+        hidden, taken = seen[before][1].clamp(min=0), seen[after][0]
+        kept = taken != 0
+        torch.testing.assert_close(taken[kept], 2 * hidden[kept])  # what is kept weighs 1 / (1 - 0.5)
+        assert kept[hidden > 0].float().mean() == pytest.approx(0.5, abs=0.03)
+    if name == "conv-2":
+        features = plain.conv2(plain.conv1(x).relu()).relu()
+        pooled = nn.functional.max_pool2d(features, 2, ceil_mode=True)
+        torch.testing.assert_close(seen["fc1"][0], pooled.flatten(1))  # none after convolutions
+    else:
+        assert torch.equal(seen["fc1"][0], x.flatten(1))  # none on the input
+
+
+@pytest.mark.parametrize("way", ["eager", "stacked", "processes"])
+def test_dropout_trains_in_every_way_with_pruned_weights_at_zero(way, make_task, make_train):
+    if way == "processes" and not forks.possible():
+        pytest.skip("processes are for Linux")
+    task = make_task(lambda: NETS["lenet-300-100"](input_shape=(12,), num_classes=4, dropout=0.5))
+    start = task.start(0)
+    masks = {"fc1.weight": torch.rand(300, 12, generator=torch.Generator().manual_seed(0)) < 0.5}
+    arms = [Arm(f"arm {seed}", start, masks, seed) for seed in (1, 2)]
+    finals = [outcome.final["fc1.weight"] for _, outcome in fit(arms, task, make_train(), way=Way(way, at_once=2))]
+    assert all(
+        not final[~masks["fc1.weight"]].any() and not torch.equal(final, start["fc1.weight"]) for final in finals
+    )
+    assert not torch.equal(*finals)

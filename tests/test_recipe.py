@@ -202,7 +202,7 @@ def test_weights_remaining(raw, value):
         *[("prune.rounds", bad, "a whole number of at least 1") for bad in (0, -1, 1.5, "3", True)],
         *[("prune.until", bad, "weights remaining, as 0.05 or 5%") for bad in (0, 1, "0%", "100%", "1.2.3%", "x")],
         ("prune.scope", "tensor", "one of layer, global"),
-        ("prune.score", "magnitud", "one of magnitude, random, movement, magnitude_increase, large_init, or module"),
+        ("prune.score", "magnitud", "one of magnitude, small_final, large_init, "),
         ("prune.rewind", "soon", "0it, an iteration (500it), an epoch (2ep), a share (2%) or lr"),
         ("prune.skip", 3, "a list of globs"),
         ("prune.allow_collapse", "yes", "true or false"),

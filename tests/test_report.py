@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from ticketfind import TicketfindError, charts, figures, movement, report, results
+from ticketfind.arms import Task
 from ticketfind.recipe import Recipe
 from ticketfind.results import Round
 from ticketfind.rundir import RunDir
-from ticketfind.train import Task
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -372,6 +373,46 @@ def test_a_curve_that_is_none_is_one_line() -> None:
         charts.curves([line], 0)
 
 
+# --------------------------------------------------------------------------------- beside another run
+
+
+def with_dropout(run: RunDir, path: Path, change: float, **changes: object) -> RunDir:
+    """A copy of a run with other keys in its recipe and accuracies that are higher by `change` in pruned rounds."""
+    shutil.copytree(run.path, path)
+    other = RunDir(path)
+    recipe = yaml.safe_load(run.recipe_file.read_text(encoding="utf-8"))
+    for key, value in changes.items():
+        section, name = key.split("__")
+        recipe[section][name] = value
+    other.recipe_file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    lines = [json.loads(line) for line in run.log_file.read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        line["accuracy_early"] = 0.5 + change * (1 + (line["round"] > 0)) + 0.001 * line["replicate"]
+    other.log_file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    return other
+
+
+@pytest.mark.parametrize(("change", "expected"), [(0.2, "holds"), (-0.2, "does not"), (0.0, "undecided")])
+def test_dropout_beside_none_whichever_is_asked_for(run: RunDir, tmp_path: Path, change: float, expected: str) -> None:
+    plain = with_dropout(run, tmp_path / "plain", 0.0)
+    dropped = with_dropout(run, tmp_path / "dropped", change, model__args={"dropout": 0.5}, run__seed=7)
+    sides = [report.write(*pair) for pair in ((dropped, None, plain), (plain, None, dropped))]
+    claim, other = (side.claims[10] for side in sides)
+    assert claim == other and claim.status == expected
+    assert [c.number for c in sides[0].claims] == [*range(1, 13)]
+    assert f"dropout of 0.5 changes the dense network by {100 * change:+.2f} points" in claim.figures
+    assert report.write(dropped).claims[10].status == "not tested"
+
+
+def test_other_searches_are_not_put_beside(run: RunDir, tmp_path: Path) -> None:
+    other = with_dropout(run, tmp_path / "lr", 0.0, model__args={"dropout": 0.5}, train__lr=0.3)
+    with pytest.raises(TicketfindError, match=r"nothing else that differs, found train.lr: 0.3 there, 0.05 here"):
+        report.write(run, None, other)
+    same = with_dropout(run, tmp_path / "same", 0.0)
+    with pytest.raises(TicketfindError, match=r"in one of the two runs, none in the other, found 0 in .* and 0 here"):
+        report.write(run, None, same)
+
+
 # ----------------------------------------------------------------------------------------- the command
 
 
@@ -383,6 +424,10 @@ def test_the_command(run: RunDir, command: Callable[..., Any], tmp_path: Path) -
     assert shown.code == 0 and (tmp_path / "other.html").is_file() and "not tested" in shown.out
     assert (tmp_path / "other-figures" / "hill.png").is_file()
     assert command("report", run.ticket_file).err.startswith("error: ")
+    dropped = with_dropout(run, tmp_path / "dropped", 0.2, model__args={"drop_rate": 0.1})
+    beside = command("report", with_dropout(run, tmp_path / "plain", 0.0).path, "--beside", dropped.path, "--json").json
+    assert beside["claims"][10]["status"] == "holds" and "dropout of 0.1" in beside["claims"][10]["figures"]
+    assert "expected a run directory, found a file" in command("report", run.path, "--beside", run.ticket_file).err
 
 
 def test_without_matplotlib_one_line_says_what_to_install(

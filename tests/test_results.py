@@ -112,7 +112,9 @@ def test_the_best_replicate_is_chosen_without_the_test_set():
         ([], []),
         (log({0: [(0.9, 1)]}), []),  # one replicate of two
         (log({0: [(0.9, 1), (0.9, 1)], 1: [(0.9, 1)]}), [0]),
-        (log({0: [(0.9, 1), (0.9, 1)], 2: [(0.9, 1), (0.9, 1)]}), [0]),  # a gap
+        (log({0: [(0.9, 1), (0.9, 1)], 2: [(0.9, 1), (0.9, 1)]}), [0, 2]),  # a round that is not measured
+        (log({0: [(0.9, 1), (0.9, 1)], 1: [(0.9, 1)], 2: [(0.9, 1), (0.9, 1)]}), [0, 2]),  # or not yet
+        (log({1: [(0.9, 1), (0.9, 1)]}), []),  # without a dense one
     ],
 )
 def test_only_rounds_with_all_their_replicates_count(lines, expected):

@@ -111,6 +111,24 @@ def test_a_log_that_cannot_be_written_is_an_error_of_ours() -> None:
         RunDir(Path("gone")).append(LINES[0])
 
 
+def test_a_new_log_is_on_disk_with_its_name(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(rundir.files, "sync_entries", synced.append)
+    run.log_file.unlink(missing_ok=True)
+    for replicate in (0, 1):
+        run.append({"round": 0, "replicate": replicate})
+    assert synced == [run.path], "once: when it was new"
+
+
+def test_a_log_that_cannot_be_read_is_an_error_of_ours(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(run.log_file))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(TicketfindError, match=r"log\.jsonl: cannot read: Permission denied"):
+        run.log()
+
+
 def test_a_number_that_json_has_not_is_refused_and_nothing_written(run: RunDir) -> None:
     before = tree(run.path)
     with pytest.raises(ValueError, match="JSON"):

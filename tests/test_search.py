@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ticketfind import TicketfindError, contents, results
+from ticketfind import plan as planning
 from ticketfind import search as searching
+from ticketfind.arms import Arm, Task
 from ticketfind.batches import Order
 from ticketfind.devices import EAGER
-from ticketfind.masks import SCORES
 from ticketfind.recipe import Recipe
 from ticketfind.rundir import RunDir
+from ticketfind.scores import SCORES, by_function
 from ticketfind.ticket import load_ticket
-from ticketfind.train import Arm, Task, fit
+from ticketfind.train import fit
 
 SHAPES = {"fc1.weight": (16, 12), "fc2.weight": (12, 16), "fc3.weight": (4, 12)}
 SIZES = {"fc1.weight": 192, "fc2.weight": 192, "fc3.weight": 48}
@@ -245,7 +247,8 @@ def test_a_score_that_is_not_finite_ends_the_search(
     make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
 ) -> None:
     with pytest.raises(TicketfindError, match=r"score of fc1\.weight: expected finite numbers"):
-        run_search(make_recipe(), make_task(), tmp_path / "run", lambda t, i: {n: w / 0 for n, w in t.items()})
+        endless = by_function(lambda t, i: {n: w / 0 for n, w in t.items()})
+        run_search(make_recipe(), make_task(), tmp_path / "run", endless)
 
 
 # --------------------------------------------------------------------------------------------- rewinding
@@ -529,7 +532,7 @@ def test_an_emptied_layer_that_disconnects_is_an_error_at_once(
     make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, watch: Mock, tmp_path: Path
 ) -> None:
     with pytest.raises(TicketfindError) as caught:
-        run_search(make_recipe(COLLAPSE), make_task(), tmp_path / "run", spare_all_but_fc2)
+        run_search(make_recipe(COLLAPSE), make_task(), tmp_path / "run", by_function(spare_all_but_fc2))
     assert str(caught.value).startswith(
         "round 1, replicate 0: no weight is left in fc2.weight, and the output no longer depends on the input"
     )
@@ -544,7 +547,7 @@ def test_an_emptied_layer_is_reported_where_it_is_allowed_or_harmless(
     run_search: Search, watch: Mock, tmp_path: Path,
 ) -> None:  # fmt: skip
     recipe = make_recipe({**COLLAPSE, "prune.allow_collapse": allowed})
-    rounds = run_search(recipe, make_task(net), tmp_path / "run", spare_all_but_fc2)
+    rounds = run_search(recipe, make_task(net), tmp_path / "run", by_function(spare_all_but_fc2))
     assert len(rounds) == 2
     assert [call.args[0] for call in watch.note.call_args_list] == [
         *(f"round 1, replicate {replicate}: no weight is left in fc2.weight" for replicate in range(2)),
@@ -592,7 +595,7 @@ def test_no_round_matches(
 ) -> None:
     """Nothing but chance is left of a network without weights: no ticket, and the run is finished all the same."""
     recipe = make_recipe({**COLLAPSE, "prune.allow_collapse": True, "run.tolerance": 0, "train.lr": 0.2})
-    rounds = run_search(recipe, make_task(), tmp_path / "run", spare_all_but_fc2)
+    rounds = run_search(recipe, make_task(), tmp_path / "run", by_function(spare_all_but_fc2))
     assert rounds[0].stats.accuracy_early.mean > 0.4
     assert [round.matching for round in rounds] == [True, False]
     run = RunDir(tmp_path / "run")
@@ -652,7 +655,7 @@ def test_the_plan_is_what_the_search_does(
     make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
 ) -> None:
     task, recipe = make_task("normed"), make_recipe({"prune.rewind": "5it"})
-    plan = searching.make_plan(recipe, task.model)
+    plan = planning.make_plan(recipe, task.model)
     rounds = run_search(recipe, task, tmp_path / "run")
     assert [kept / plan.kept[0] for kept in plan.kept] == [round.remaining for round in rounds]
     assert plan.iterations == [12, 7, 7, 7]
@@ -674,7 +677,7 @@ def test_a_search_that_would_prune_nothing_is_refused(
     settings: dict[str, Any], text: str, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe]
 ) -> None:
     with pytest.raises(TicketfindError, match=text):
-        searching.make_plan(make_recipe(settings), make_task().model)
+        planning.make_plan(make_recipe(settings), make_task().model)
 
 
 def test_memory_counts_the_trainings_that_run_at_once(
@@ -682,7 +685,7 @@ def test_memory_counts_the_trainings_that_run_at_once(
 ) -> None:
     model = make_task().model
     one, four, many = (
-        searching.make_plan(make_recipe({"run.arms_at_once": most, "run.replicates": replicates}), model).memory
+        planning.make_plan(make_recipe({"run.arms_at_once": most, "run.replicates": replicates}), model).memory
         for most, replicates in ((1, 50), (4, 50), (9, 4))
     )
     parameters = sum(p.numel() for p in model.parameters())

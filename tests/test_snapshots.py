@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ticketfind import TicketfindError, files, snapshots, tensorfile, train
+from ticketfind.arms import Arm, Outcome, Task
 from ticketfind.course import Failed, Snapshot
 from ticketfind.devices import EAGER, Way
 from ticketfind.recipe import Recipe, Train
 from ticketfind.snapshots import Snapshots
-from ticketfind.train import Arm, Outcome, Task, fit
+from ticketfind.train import fit
 
 
 def arms_of(*replicates: int, round: int = 0, first: int = 0) -> list[Arm]:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ticketfind import TicketfindError, advice, contents, stability
+from ticketfind.arms import Arm, Outcome, State, Task
 from ticketfind.batches import Order, Split
 from ticketfind.layers import from_layers
 from ticketfind.recipe import Recipe, RecipeError, Train
 from ticketfind.rundir import RunDir
 from ticketfind.stability import POINTS, Question, Rung, Stability, barrier, between, errors_between, ladder, next_rung
 from ticketfind.ticket import Ticket
-from ticketfind.train import Arm, Outcome, State, Task, fit
+from ticketfind.train import fit
 
 
 class Linear(nn.Module):

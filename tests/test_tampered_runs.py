@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ticketfind import contents, verify
+from ticketfind.arms import Task
 from ticketfind.recipe import Recipe
 from ticketfind.results import Round
 from ticketfind.rundir import RunDir
 from ticketfind.ticket import load_ticket
-from ticketfind.train import Task
 
 COUNTS, NESTED = "weights kept are as planned", "masks are nested, round by round"
 BEGAN, WINNER = "every round began at the rewind point", "the ticket is the run's winner"

@@ -20,8 +20,8 @@ from torch.nn.utils import prune
 
 import ticketfind
 from ticketfind import TicketfindError
+from ticketfind.arms import Task
 from ticketfind.ticket import Ticket, load_ticket, pack_bits, unpack_bits, write_as
-from ticketfind.train import Task
 
 FORMS = ["ticket", "compact", "dense", "torch-prune"]
 
@@ -51,7 +51,7 @@ def task(make_task: Callable[..., Task]) -> Task:
 def ticket(task: Task, make_ticket: Callable[..., Ticket]) -> Ticket:
     """With BatchNorm statistics that differ from a fresh network's."""
     made = make_ticket(task, seed=4, iteration=7)
-    made.init["norm.running_mean"].normal_()
+    made.init["norm.running_mean"].normal_(generator=torch.Generator().manual_seed(2))
     made.init["norm.num_batches_tracked"].fill_(7)
     return made
 
@@ -61,11 +61,11 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def model_like(task: Task) -> Any:
-    """A network of the same architecture with other weights."""
-    model = copy.deepcopy(task.model)
+    """A network of the same architecture with other weights; small ones, from which no optimizer diverges."""
+    model, generator = copy.deepcopy(task.model), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_()
+            parameter.normal_(std=0.2, generator=generator)
     return model
 
 

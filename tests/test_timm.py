@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from timm_sweep import SIZES, Report, check, markdown, put_into, smallest_images, survey, totals
 
-from ticketfind.masks import SCORES
+from ticketfind.scores import SCORES
 
 SAMPLE: list[tuple[str, dict[str, Any], int, set[str]]] = [
     ("test_resnet", {}, 32, {"conv", "linear"}),

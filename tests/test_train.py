@@ -13,20 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ticketfind import TicketfindError
+from ticketfind.arms import Arm, Outcome, Task, measured
 from ticketfind.batches import Order, derived_seed
 from ticketfind.connection import is_disconnected
 from ticketfind.course import Failed
 from ticketfind.devices import EAGER
 from ticketfind.outputs import accuracy, cross_entropy
 from ticketfind.recipe import Train
-from ticketfind.train import (
-    Arm,
-    Outcome,
-    Point,
-    Task,
-    fit,
-    measured,
-)
+from ticketfind.train import Point, fit
 
 
 def batch_indices(examples: int, batch_size: int, seed: int, start: int, stop: int) -> Tensor:

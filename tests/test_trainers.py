@@ -20,11 +20,11 @@ from torch.nn import functional as F
 
 import ticketfind
 from ticketfind import TicketfindError, cli, commands, supervise, trainers
+from ticketfind.arms import Arm, Outcome, Task, Trainer, Work
 from ticketfind.batches import Order
 from ticketfind.recipe import Recipe, Train
 from ticketfind.results import Round
 from ticketfind.signals import Stopped
-from ticketfind.train import Arm, Outcome, Task, Trainer, Work
 
 posix = pytest.mark.skipif(os.name != "posix", reason="commands need Linux or macOS")
 
@@ -350,7 +350,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     """run("search", ...) -> (exit code, stdout, stderr), in this process, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(NET)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(*arguments: Any) -> tuple[Any, str, str]:
         monkeypatch.setattr(sys, "argv", ["ticketfind", *map(str, arguments)])
@@ -362,9 +361,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
             code = stop.code or 0
         return (code, *capfd.readouterr())
 
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return call
 
 
 def as_json(ran: tuple[Any, str, str]) -> Any:

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ticketfind import TicketfindError, contents, experiments, masks, transfer
+from ticketfind.arms import Arm, Task
 from ticketfind.experiments import Design
 from ticketfind.recipe import Train
 from ticketfind.rundir import RunDir
 from ticketfind.ticket import Ticket
-from ticketfind.train import Arm, Task, fit
+from ticketfind.train import fit
 
 DIGITS = Path(transfer.__file__).with_name("digits.npz")
 SEARCH = ["search", "--iterations", "20", "--rounds", "2", "--replicates", "2", "--set", "train.eval_every=10", "-q"]

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 
 from ticketfind import TicketfindError, contents, results, retraining, verify
+from ticketfind.arms import Task
 from ticketfind.recipe import Recipe
 from ticketfind.results import Round
 from ticketfind.rundir import RunDir
 from ticketfind.ticket import load_ticket
-from ticketfind.train import Task
 
 Search = Callable[..., list[Round]]
 MakeTask = Callable[..., Task]

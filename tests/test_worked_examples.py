@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,6 @@ EXAMPLES = ROOT / "docs" / "examples"
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Any]:
     """run("search", ...) -> its --json object; in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(*arguments: Any) -> Any:
         monkeypatch.setattr(sys, "argv", ["ticketfind", *map(str, arguments), "--json"])
@@ -33,9 +31,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
             assert not stop.code, capfd.readouterr().err
         return json.loads(capfd.readouterr().out)
 
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return call
 
 
 def small(name: str, **changes: Any) -> list[str]:

@@ -30,16 +30,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ticketfind import TicketfindError, forks, models, outputs, prunable, search
+from ticketfind import TicketfindError, forks, models, outputs, plan, prunable, search
+from ticketfind.arms import Arm, Outcome, Task, Work
 from ticketfind.batches import Data, Split
 from ticketfind.devices import EAGER
 from ticketfind.layers import from_layers
-from ticketfind.masks import SCORES, Masks
+from ticketfind.masks import Masks
 from ticketfind.recipe import Recipe
 from ticketfind.results import Round
 from ticketfind.rundir import RunDir
+from ticketfind.scores import SCORES
 from ticketfind.ticket import load_ticket, write_as
-from ticketfind.train import Arm, Outcome, Task, Work, fit
+from ticketfind.train import fit
 
 SIZES = (32, 56, 64, 96, 112, 120, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)
 """Sides of the square images that are tried, in this order."""
@@ -194,10 +196,10 @@ def _search_and_export(report: Report, folder: Path) -> None:
     assert report.prunable, "nothing to prune"
 
     recipe = _recipe(report)
-    plan = search.make_plan(recipe, task.model)
+    planned = plan.make_plan(recipe, task.model)
     folder.mkdir()
     run, watch, seen = RunDir(folder / "run"), _Watch(report.notes), _Trainings()
-    rounds = search.search(recipe, replace(task, trainer=seen), run, plan, SCORES["magnitude"], watch)
+    rounds = search.search(recipe, replace(task, trainer=seen), run, planned, SCORES["magnitude"], watch)
     (_, before), (arm, after) = seen.done
     assert len(rounds) == 2 and before.kept is not None and after.kept is not None
     report.idle = [name for name in arm.masks if _same(before.final[name], initial[name])]

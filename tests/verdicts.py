@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ticketfind import masks
+from ticketfind.arms import Arm, Outcome, State, Task
 from ticketfind.batches import Data, Split
 from ticketfind.experiments import Design, Evaluation, evaluate
 from ticketfind.layers import from_layers
 from ticketfind.masks import Masks
 from ticketfind.recipe import Train
 from ticketfind.ticket import Provenance, Ticket
-from ticketfind.train import Arm, Outcome, State, Task, fit
+from ticketfind.train import fit
 
 REPLICATES, TRIALS = 5, 2
 KINDS = ("planted", "a random mask", "nothing special")

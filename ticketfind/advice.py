@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ticketfind.terminal import Screen, brief, percent, size, spread, table
-from ticketfind.views import plural
+from ticketfind.terminal import Screen, brief, percent, plural, size, spread, table
 
 if TYPE_CHECKING:
     from ticketfind.catalog import Entry

@@ -19,18 +19,18 @@ from ticketfind import (
     devices,
     forks,
     layers,
-    masks,
     memory,
     models,
     prunable,
+    scores,
     trainers,
 )
+from ticketfind.arms import Task, Trainer
 from ticketfind.batches import Data
 from ticketfind.examples import TARGET_KEYS
 from ticketfind.outputs import OutputFn, accuracy, call, cross_entropy, find_class_axis, own_loss, predictions
 from ticketfind.recipe import Recipe, RecipeError, Run
 from ticketfind.specs import is_code, load_object, one_line
-from ticketfind.train import Task, Trainer
 
 
 @devices.no_denormals()  # for the threads that are started in it
@@ -172,10 +172,10 @@ def _trainer(recipe: Recipe) -> Trainer | None:
     return trainers.by_function(_function(how.trainer, "trainer")) if how.trainer is not None else None
 
 
-def score_function(recipe: Recipe) -> masks.ScoreFn:
-    """The function that `prune.score` names."""
+def score_of(recipe: Recipe) -> scores.Score:
+    """What `prune.score` names."""
     named = recipe.prune.score
-    return masks.SCORES[named] if named in masks.SCORES else _function(named, "score")
+    return scores.SCORES[named] if named in scores.SCORES else scores.by_function(_function(named, "score"))
 
 
 def _function(spec: str | None, what: str) -> Any:

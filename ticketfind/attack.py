@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ticketfind import TicketfindError
+from ticketfind.arms import State, Task
 from ticketfind.batches import Order
 from ticketfind.outputs import predictions
 from ticketfind.results import Spread
-from ticketfind.train import State, Task
 from ticketfind.verdict import Comparison
 
 CLEAN = "clean"

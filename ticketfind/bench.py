@@ -13,12 +13,13 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from ticketfind import TicketfindError, devices, engine, forks, masks, prunable
+from ticketfind.arms import Arm, Task
 from ticketfind.batches import Batch, Data, Split, map_inputs
 from ticketfind.devices import EAGER, Way
 from ticketfind.outputs import call
 from ticketfind.readers import Duration
 from ticketfind.recipe import Train
-from ticketfind.train import Arm, Task, fit
+from ticketfind.train import fit
 
 KEPT = 0.2
 """Share of the weights that the masks of a benchmark keep."""

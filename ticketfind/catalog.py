@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from ticketfind import assemble, devices, layers, models, nets
+from ticketfind.arms import Task
 from ticketfind.batches import Data, Split, tensors_of
+from ticketfind.plan import Plan, make_plan
 from ticketfind.recipe import Recipe
-from ticketfind.search import Plan, make_plan
-from ticketfind.train import Task, step_seconds
+from ticketfind.train import step_seconds
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Entry:
     @property
     def trainings(self) -> int:
         """Of a whole search."""
-        return len(self.plan.iterations) * self.recipe.run.replicates
+        return (len(self.plan.iterations) + len(self.plan.drawn)) * self.recipe.run.replicates
 
     @property
     def iterations(self) -> int:
         """Of all trainings."""
-        return sum(self.plan.iterations) * self.recipe.run.replicates
+        return self.plan.total * self.recipe.run.replicates
 
     @property
     def examples(self) -> int:

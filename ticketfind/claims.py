@@ -74,8 +74,8 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """shown: True, False where it is refuted, None where it is neither."""
+class Part:
+    """A part of a claim. shown: True, False where it is refuted, None where it is neither."""
 
     shown: bool | None
     figures: str
@@ -84,13 +84,13 @@ class _Part:
 def of_run(found: Findings) -> list[Claim]:
     """The claims, in order."""
     return [
-        _claim(number, rule(found) if found.rounds else "no finished round: ticketfind search")
+        claim_of(number, rule(found) if found.rounds else "no finished round: ticketfind search")
         for number, rule in enumerate(_RULES, 1)
     ]
 
 
-def _claim(number: int, parts: "list[_Part] | str") -> Claim:
-    """parts: or why the claim is not tested."""
+def claim_of(number: int, parts: "list[Part] | str") -> Claim:
+    """Claim `number` by its parts; or not tested, and why."""
     text = TEXTS[number]
     if isinstance(parts, str):
         return Claim(number, text, NOT_TESTED, parts)
@@ -106,7 +106,7 @@ SMALL = 0.25
 """A small part of the weights; the paper's figures at this size are of 21 %."""
 
 
-def _accuracy(a: Stats, b: Stats, found: Findings, *, level: float = 0.95) -> Interval | None:
+def compared(a: Stats, b: Stats, found: Findings, *, level: float = 0.95) -> Interval | None:
     """a - b at early stop; no spread is taken for smaller than one test example."""
     least = 1 / found.test_size if found.test_size else 0.0
     return intervals.of_difference(a.accuracy_early.values, b.accuracy_early.values, least=least, level=level)
@@ -117,12 +117,13 @@ def _stops(a: Stats, b: Stats, found: Findings) -> Interval | None:
     return intervals.of_difference(a.early_stop.values, b.early_stop.values, least=found.step / 12**0.5)
 
 
-def _above(difference: Interval, margin: float = 0.0) -> bool | None:
+def above(difference: Interval, margin: float = 0.0) -> bool | None:
     """Whether the difference is above `margin`."""
     return True if difference.low > margin else False if difference.high < margin else None
 
 
-def _points(difference: Interval) -> str:
+def points(difference: Interval) -> str:
+    """A difference of accuracies, for people."""
     low, high = 100 * difference.low, 100 * difference.high
     return f"{100 * difference.mean:+.2f} points (95 %: {low:+.2f} to {high:+.2f})"
 
@@ -131,7 +132,8 @@ def _iterations(difference: Interval) -> str:
     return f"{difference.mean:+,.0f} iterations (95 %: {difference.low:+,.0f} to {difference.high:+,.0f})"
 
 
-def _share(remaining: float) -> str:
+def share(remaining: float) -> str:
+    """Weights remaining, for people."""
     return f"{100 * remaining:.3g} %"
 
 
@@ -143,7 +145,7 @@ def _small(found: Findings) -> Round | str:
     """The densest round that keeps a small part of the weights: a choice that no accuracy takes part in."""
     pruned = [r for r in found.rounds if r.round and r.remaining <= SMALL]
     if not pruned:
-        return f"no round keeps {_share(SMALL)} or less of the weights: ticketfind search with more --rounds"
+        return f"no round keeps {share(SMALL)} or less of the weights: ticketfind search with more --rounds"
     if min(pruned[0].stats.replicates, found.rounds[0].stats.replicates) < 2:
         return ONE
     return pruned[0]
@@ -161,30 +163,30 @@ def _with(found: Findings, *names: str) -> list[Evaluated] | str:
 # ------------------------------------------------------------------------------------------------ rules
 
 
-def _matches(found: Findings) -> list[_Part] | str:
+def _matches(found: Findings) -> list[Part] | str:
     small, dense = _small(found), found.rounds[0].stats
     if isinstance(small, str):
         return small
-    accuracy, stops = _accuracy(small.stats, dense, found), _stops(small.stats, dense, found)
+    accuracy, stops = compared(small.stats, dense, found), _stops(small.stats, dense, found)
     assert accuracy is not None and stops is not None
-    later = _above(stops, found.step)
+    later = above(stops, found.step)
     return [
-        _Part(
-            _above(accuracy, -found.tolerance - 1e-9),
-            f"at {_share(small.remaining)} {_percent(small.stats.accuracy_early)}, dense"
-            f" {_percent(dense.accuracy_early)}: {_points(accuracy)}; down to {-100 * found.tolerance:.2f} it matches",
+        Part(
+            above(accuracy, -found.tolerance - 1e-9),
+            f"at {share(small.remaining)} {_percent(small.stats.accuracy_early)}, dense"
+            f" {_percent(dense.accuracy_early)}: {points(accuracy)}; down to {-100 * found.tolerance:.2f} it matches",
         ),
-        _Part(None if later is None else not later, f"it stops {_iterations(stops)} from the dense network"),
+        Part(None if later is None else not later, f"it stops {_iterations(stops)} from the dense network"),
     ]
 
 
-def _faster(found: Findings) -> list[_Part] | str:
+def _faster(found: Findings) -> list[Part] | str:
     small, dense = _small(found), found.rounds[0].stats
     if isinstance(small, str):
         return small
     stops = _stops(small.stats, dense, found)
     assert stops is not None
-    sooner = _above(Interval(-stops.mean, -stops.high, -stops.low))
+    sooner = above(Interval(-stops.mean, -stops.high, -stops.low))
     if sooner is not True and found.last is not None and max(dense.early_stop.values) >= found.last:
         return (
             f"the dense network was still learning at its last iteration ({found.last:,}), so that it is not known"
@@ -193,69 +195,80 @@ def _faster(found: Findings) -> list[_Part] | str:
     ratio = dense.early_stop.mean / small.stats.early_stop.mean if small.stats.early_stop.mean else 0
     times = f", {ratio:.2f} times as fast" if ratio else ""
     return [
-        _Part(
+        Part(
             sooner,
-            f"at {_share(small.remaining)} it stops at {small.stats.early_stop.mean:,.0f}, dense at"
+            f"at {share(small.remaining)} it stops at {small.stats.early_stop.mean:,.0f}, dense at"
             f" {dense.early_stop.mean:,.0f}: {_iterations(stops)}{times}",
         )
     ]
 
 
-def _hill(found: Findings) -> list[_Part] | str:
-    dense, pruned = found.rounds[0], [r for r in found.rounds if r.round]
+def _hill(found: Findings) -> list[Part] | str:
+    pruned = [r for r in found.rounds if r.round]
     if not pruned:
         return "no finished pruned round: ticketfind search goes on"
     if min(r.stats.replicates for r in found.rounds) < 2:
         return ONE
-    level = 1 - 0.05 / len(pruned)  # the highest of several is looked for (Bonferroni)
-    rises = [(r, _accuracy(r.stats, dense.stats, found, level=level)) for r in pruned]
-    top, rise = max(rises, key=lambda pair: pair[0].stats.accuracy_early.mean)
-    fall = _accuracy(pruned[-1].stats, top.stats, found, level=level)
-    assert rise is not None and fall is not None
-    none = all(difference is not None and difference.high < 0 for _, difference in rises)
+    top, rises = hill(found)
+    fall = compared(pruned[-1].stats, top.stats, found, level=1 - 0.05 / len(pruned))
+    assert fall is not None
     return [
-        _Part(
-            False if none else True if rise.low > 0 else None,
-            f"highest at {_share(top.remaining)}, {_percent(top.stats.accuracy_early)}:"
-            f" {_points(rise)} from dense, corrected for the choice of the highest",
-        ),
-        _Part(
+        rises,
+        Part(
             True if fall.high < 0 else None,
-            f"at {_share(pruned[-1].remaining)} {_points(fall)} from there",
+            f"at {share(pruned[-1].remaining)} {points(fall)} from there",
         ),
     ]
 
 
-def _reinit(found: Findings) -> list[_Part] | str:
+def hill(found: Findings) -> tuple[Round, Part]:
+    """The pruned round of the highest accuracy, and whether pruning raises it above the dense network's.
+
+    As the highest of several is looked for, its interval is corrected (Bonferroni); refuted where every round is below.
+    """
+    dense, pruned = found.rounds[0], [r for r in found.rounds if r.round]
+    level = 1 - 0.05 / len(pruned)
+    rises = [(r, compared(r.stats, dense.stats, found, level=level)) for r in pruned]
+    top, rise = max(rises, key=lambda pair: pair[0].stats.accuracy_early.mean)
+    assert rise is not None
+    none = all(difference is not None and difference.high < 0 for _, difference in rises)
+    return top, Part(
+        False if none else True if rise.low > 0 else None,
+        f"highest at {share(top.remaining)}, {_percent(top.stats.accuracy_early)}:"
+        f" {points(rise)} from dense, corrected for the choice of the highest",
+    )
+
+
+def _reinit(found: Findings) -> list[Part] | str:
     there = _with(found, "ticket", "reinit")
     if isinstance(there, str):
         return f"{there}: ticketfind eval {found.run} --round N, for two rounds"
     first, last = there[0], there[-1]
     ticket, reinit = last.arms["ticket"], last.arms["reinit"]
-    lower = _accuracy(reinit, ticket, found)
+    lower = compared(reinit, ticket, found)
     assert lower is not None
     parts = [
-        _Part(_below(lower), f"at {_share(last.remaining)} reinit ends {_points(lower)} from the ticket"),
+        Part(_below(lower), f"at {share(last.remaining)} reinit ends {points(lower)} from the ticket"),
         _slower(there, found),
     ]
     if first is last:
-        return [*parts, _Part(None, f"one round evaluated: ticketfind eval {found.run} --round N for another")]
+        return [*parts, Part(None, f"one round evaluated: ticketfind eval {found.run} --round N for another")]
     gap = _gap(first, found), _gap(last, found)
     growth = intervals.of_difference(gap[1], gap[0])
     if growth is None:
-        return [*parts, _Part(None, "replicates differ between evaluations")]
-    text = f"from {_share(first.remaining)} to {_share(last.remaining)} its loss grows by {_points(growth)}"
-    return [*parts, _Part(_above(growth), text)]
+        return [*parts, Part(None, "replicates differ between evaluations")]
+    text = f"from {share(first.remaining)} to {share(last.remaining)} its loss grows by {points(growth)}"
+    return [*parts, Part(above(growth), text)]
 
 
-def _slower(there: Sequence[Evaluated], found: Findings) -> _Part:
+def _slower(there: Sequence[Evaluated], found: Findings) -> Part:
     """At the sparsest round whose tickets all stop before the end of training: else none can be slower."""
     stopping = [e for e in there if found.last is None or max(e.arms["ticket"].early_stop.values) < found.last]
     if not stopping:
-        return _Part(None, "which is slower is not known: tickets learn to the last iteration")
+        return Part(None, "which is slower is not known: tickets learn to the last iteration")
     slower = _stops(stopping[-1].arms["reinit"], stopping[-1].arms["ticket"], found)
     assert slower is not None
-    return _Part(_above(slower), f"at {_share(stopping[-1].remaining)} it stops {_iterations(slower)} from the ticket")
+    return Part(above(slower), f"at {share(stopping[-1].remaining)} it stops {_iterations(slower)} from the ticket")
 
 
 def _gap(at: Evaluated, found: Findings) -> list[float]:
@@ -265,63 +278,63 @@ def _gap(at: Evaluated, found: Findings) -> list[float]:
 
 
 def _below(difference: Interval) -> bool | None:
-    return _above(Interval(-difference.mean, -difference.high, -difference.low))
+    return above(Interval(-difference.mean, -difference.high, -difference.low))
 
 
-def _random(found: Findings) -> list[_Part] | str:
+def _random(found: Findings) -> list[Part] | str:
     return _worse(found, "random", "reinit", f"ticketfind eval {found.run}")
 
 
-def _at_initialization(found: Findings) -> list[_Part] | str:
+def _at_initialization(found: Findings) -> list[Part] | str:
     return _worse(found, "init-magnitude", "reinit", f"ticketfind eval {found.run} --control init-magnitude")
 
 
-def _worse(found: Findings, one: str, other: str, command: str) -> list[_Part] | str:
+def _worse(found: Findings, one: str, other: str, command: str) -> list[Part] | str:
     """At the sparsest evaluated round, `one` ends below `other`."""
     there = _with(found, one, other)
     if isinstance(there, str):
         return f"{there}: {command}"
     at = there[-1]
-    lower = _accuracy(at.arms[one], at.arms[other], found)
+    lower = compared(at.arms[one], at.arms[other], found)
     assert lower is not None
     figures = (_percent(at.arms[name].accuracy_early) for name in (one, other))
     return [
-        _Part(
+        Part(
             _below(lower),
-            f"at {_share(at.remaining)} {one} {next(figures)}, {other} {next(figures)}: {_points(lower)}",
+            f"at {share(at.remaining)} {one} {next(figures)}, {other} {next(figures)}: {points(lower)}",
         )
     ]
 
 
-def _noise(found: Findings) -> list[_Part] | str:
+def _noise(found: Findings) -> list[Part] | str:
     there = _with(found, "ticket", "noise=0.5")
     if isinstance(there, str):
         return f"{there}: ticketfind eval {found.run} --noise 0.5 --noise 1 --noise 2 --noise 3"
     at = max(there, key=lambda e: sum(name.startswith("noise=") for name in e.arms))
-    little = _accuracy(at.arms["noise=0.5"], at.arms["ticket"], found)
+    little = compared(at.arms["noise=0.5"], at.arms["ticket"], found)
     assert little is not None
-    where = f"at {_share(at.remaining)}"
+    where = f"at {share(at.remaining)}"
     parts = [
-        _Part(
-            _above(little, -found.tolerance - 1e-9),
-            f"{where} noise of 0.5 sigma ends {_points(little)} from the ticket",
+        Part(
+            above(little, -found.tolerance - 1e-9),
+            f"{where} noise of 0.5 sigma ends {points(little)} from the ticket",
         ),
-        _Part(None, "no level above 0.5"),
-        _Part(None, "3 sigma was not tried: --noise 3"),
+        Part(None, "no level above 0.5"),
+        Part(None, "3 sigma was not tried: --noise 3"),
     ]
     levels = [level for level in (1, 2, 3) if f"noise={level}" in at.arms]
     if levels:
-        more = _accuracy(at.arms[f"noise={levels[-1]}"], at.arms["noise=0.5"], found)
+        more = compared(at.arms[f"noise={levels[-1]}"], at.arms["noise=0.5"], found)
         if more is not None:
-            parts[1] = _Part(_below(more), f"{levels[-1]} sigma {_points(more)} from 0.5 sigma")
+            parts[1] = Part(_below(more), f"{levels[-1]} sigma {points(more)} from 0.5 sigma")
     if 3 in levels and "reinit" in at.arms:
-        beats = _accuracy(at.arms["noise=3"], at.arms["reinit"], found)
+        beats = compared(at.arms["noise=3"], at.arms["reinit"], found)
         if beats is not None:
-            parts[2] = _Part(_above(beats), f"3 sigma {_points(beats)} from reinit")
+            parts[2] = Part(above(beats), f"3 sigma {points(beats)} from reinit")
     return parts
 
 
-def _moves(found: Findings) -> list[_Part] | str:
+def _moves(found: Findings) -> list[Part] | str:
     if not found.movement:
         return "the run holds no trained weights of round 0: ticketfind search, anew, keeps them"
     if len(found.movement) < 2:
@@ -330,28 +343,28 @@ def _moves(found: Findings) -> list[_Part] | str:
     assert difference is not None
     kept, pruned = (statistics.fmean(column) for column in zip(*found.movement, strict=True))
     return [
-        _Part(
-            _above(difference),
+        Part(
+            above(difference),
             f"kept weights moved by {kept:.4f} in the mean, pruned ones by {pruned:.4f}: {difference.mean:+.4f}"
             f" (95 %: {difference.low:+.4f} to {difference.high:+.4f}); a mask by magnitude favors what has grown",
         )
     ]
 
 
-def _one_shot(found: Findings) -> list[_Part] | str:
+def _one_shot(found: Findings) -> list[Part] | str:
     there = _with(found, "ticket", "dense", "one-shot")
     if isinstance(there, str):
         return f"{there}: ticketfind eval {found.run} --control one-shot"
     first, last = there[0], there[-1]
-    works = _accuracy(first.arms["one-shot"], first.arms["dense"], found)
-    wins = _accuracy(last.arms["ticket"], last.arms["one-shot"], found)
+    works = compared(first.arms["one-shot"], first.arms["dense"], found)
+    wins = compared(last.arms["ticket"], last.arms["one-shot"], found)
     assert works is not None and wins is not None
-    moderate = _Part(
-        _above(works, -found.tolerance - 1e-9), f"at {_share(first.remaining)} one-shot {_points(works)} from dense"
+    moderate = Part(
+        above(works, -found.tolerance - 1e-9), f"at {share(first.remaining)} one-shot {points(works)} from dense"
     )
     if first is last:
-        return [moderate, _Part(None, f"one round evaluated: ticketfind eval {found.run} --round N for another")]
-    return [moderate, _Part(_above(wins), f"at {_share(last.remaining)} the ticket {_points(wins)} from one-shot")]
+        return [moderate, Part(None, f"one round evaluated: ticketfind eval {found.run} --round N for another")]
+    return [moderate, Part(above(wins), f"at {share(last.remaining)} the ticket {points(wins)} from one-shot")]
 
 
 def _fractions(found: Findings) -> str:
@@ -359,7 +372,10 @@ def _fractions(found: Findings) -> str:
 
 
 def _dropout(found: Findings) -> str:
-    return "needs the same network with and without dropout: ticketfind search --model net.py:Net for each"
+    return (
+        "needs the same search with and without dropout: ticketfind search with --model-arg dropout=0.5,"
+        f" and ticketfind report {found.run} --beside OTHER"
+    )
 
 
 def _rewinding(found: Findings) -> str:

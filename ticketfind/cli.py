@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -69,13 +69,13 @@ def search(
 
 def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") -> None:
     began = time.monotonic()
-    from ticketfind import assemble, contents, rundir, terminal, views
+    from ticketfind import assemble, contents, outlook, plan, rundir, terminal, views
     from ticketfind import search as searching
 
     recipe, task = assemble.assemble(asked)
-    plan, score = searching.make_plan(recipe, task.model), assemble.score_function(recipe)
+    planned, score = plan.make_plan(recipe, task.model), assemble.score_of(recipe)
     if dry_run:
-        return views.show_plan(screen, recipe, plan)
+        return outlook.show_plan(screen, recipe, planned)
     run = rundir.claim(recipe, out)
     rounds = contents.finished_rounds(run, recipe)
     if run.is_finished and rounds:
@@ -83,23 +83,32 @@ def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") 
         views.show_rounds(screen, rounds)
     else:
         doing = "goes on with" if run.recipe_file.exists() else "searches"
-        replicates = views.plural(recipe.run.replicates, "replicate")
+        replicates = terminal.plural(recipe.run.replicates, "replicate")
         what = views.subject(recipe.model.spec, recipe.data.spec)
         screen.message(f"{run.path}: {doing} {what}, {replicates}, {task.device}")
         with _resumable(run, screen), terminal.SearchWatch(screen, signals.heed) as watch:
-            rounds = searching.search(recipe, task, run, plan, score, watch)
+            rounds = searching.search(recipe, task, run, planned, score, watch)
     views.show_search(screen, run, rounds, time.monotonic() - began)
 
 
 @contextmanager
 def _resumable(run: "RunDir", screen: "Screen") -> Iterator[None]:
     """A search that is stopped ends with a word on how to go on."""
-    try:
-        with signals.training():
+    with signals.training():
+        try:
             yield
-    except signals.Stopped as stop:
-        screen.message(f"stopped; what is done is kept in {run.path}, and the same command goes on from there")
-        sys.exit(stop.exit_code)
+            return
+        except signals.Stopped as stop:
+            exit_code, told = stop.exit_code, f"what is done is kept in {run.path}"
+        except TicketfindError as error:  # as it was about to keep what it had done, for one
+            noted = signals.noted()
+            if noted is None:
+                raise
+            exit_code = noted.exit_code
+            told = f"{error}; what was kept before that is in {run.path}"
+        with suppress(OSError):  # a terminal that has gone
+            screen.message(f"stopped; {told}, and the same command goes on from there")
+        sys.exit(exit_code)
 
 
 # ------------------------------------------------------------------------------------------------ export
@@ -209,26 +218,24 @@ def inspect(
 
 
 def _inspect_model(spec: str, settings: options.Settings, screen: "Screen") -> None:
-    from ticketfind import assemble, layers, prunable, train, views
-    from ticketfind import search as searching
+    from ticketfind import assemble, layers, outlook, plan, train
 
     data = settings.get("data.spec")
     base = layers.base_layers(None, spec, data)
     settings = {"run.tolerance": 0, **settings}  # nothing is matched here
     asked = layers.from_layers(*base, layers.nested({"model.spec": spec, **settings}))
-    only, skip = asked.prune.only, asked.prune.skip
     if data is None:
-        found = prunable.candidates(assemble.model_alone(asked), only=only, skip=skip)
-        return views.show_model(screen, spec, found, searching.weights_kept(asked, found)[1])
+        found = plan.candidates(asked, assemble.model_alone(asked))
+        return outlook.show_model(screen, spec, found, plan.weights_kept(asked, found)[1])
     recipe, task = assemble.assemble(asked)
-    found = prunable.candidates(task.model, only=only, skip=skip)
-    kept = searching.weights_kept(recipe, found)[1]
+    found = plan.candidates(recipe, task.model)
+    kept = plan.weights_kept(recipe, found)[1]
     if len(kept) < 2:
-        return views.show_model(screen, spec, found, kept)
+        return outlook.show_model(screen, spec, found, kept)
     assert task.data is not None
-    plan = searching.make_plan(recipe, task.model)
+    planned = plan.make_plan(recipe, task.model)
     seconds = [] if recipe.train.is_external else train.step_seconds(task, recipe.train)
-    views.show_model(screen, spec, found, kept, views.Outlook(recipe, plan, task.data.resident_bytes, seconds))
+    outlook.show_model(screen, spec, found, kept, outlook.Outlook(recipe, planned, task.data.resident_bytes, seconds))
 
 
 # ----------------------------------------------------------------------------------------------- recipes
@@ -261,7 +268,7 @@ def bench(
     quiet: options.Quiet = False,
 ) -> None:
     """Time training steps on this machine, one arm and several, against the loop that people write; about a minute."""
-    from ticketfind import assemble, devices, layers, terminal, views
+    from ticketfind import assemble, devices, layers, outlook, terminal
     from ticketfind import bench as timing
 
     screen = terminal.Screen(as_json=as_json, quiet=quiet)
@@ -275,7 +282,7 @@ def bench(
         found = timing.measure(cases, blocks=blocks, seconds=seconds, tick=progress.tick)
     for text in dict.fromkeys(note for case in cases for note in case.notes):
         screen.message(text)
-    views.show_bench(screen, recipe, found)
+    outlook.show_bench(screen, recipe, found)
 
 
 # --------------------------------------------------------------------------------------------- the program
@@ -313,11 +320,16 @@ def main() -> None:
     try:
         app()
     except signals.Stopped as stop:
-        print("stopped", file=sys.stderr)
+        with suppress(OSError):  # a terminal that has gone
+            print("stopped", file=sys.stderr)
         sys.exit(stop.exit_code)
     except TicketfindError as error:
         from ticketfind.recipe import RecipeError
 
         _fail(error, 2 if isinstance(error, RecipeError) else 1)
+    except OSError as error:  # a place that cannot be looked at: no permission, a name too long, a disk that has gone
+        if error.filename is None:
+            raise
+        _fail(TicketfindError(f"{error.filename}: cannot read: {error.strerror}"), 1)
     finally:
         sys.stdout = stdout

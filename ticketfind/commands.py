@@ -1,4 +1,4 @@
-"""Any program trains one arm: files in, files out. A `train.Trainer`, as a function of the user's is (`trainers`)."""
+"""Any program trains one arm: files in, files out. A `arms.Trainer`, as a function of the user's is (`trainers`)."""
 
 import json
 import os
@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ticketfind import TicketfindError, checkpoint, masks, prunable
+from ticketfind import TicketfindError, checkpoint, files, masks, prunable
+from ticketfind.arms import Arm, Outcome, State, Task, Trainer, Work
 from ticketfind.specs import one_line
 from ticketfind.tensorfile import save_tensors
-from ticketfind.train import Arm, Outcome, State, Task, Trainer, Work
 from ticketfind.trainers import checked_outcome, fitting
 
 try:
@@ -43,7 +43,7 @@ def by_command(template: str) -> Trainer:
     def train(task: Task, arm: Arm, work: Work) -> Outcome:
         assert work.folder is not None
         folder = work.folder.resolve() / re.sub(r"[^\w=.-]+", "-", arm.name)
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder, root=work.folder.resolve().parent)
         with _alone(folder / ".lock", work) as lock:
             code = folder / _CODE
             if not code.exists() or code.read_text().strip() != "0":

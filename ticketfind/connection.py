@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ticketfind import TicketfindError, lanes
+from ticketfind.arms import State, Task
 from ticketfind.masks import Masks
 from ticketfind.outputs import call, predictions
-from ticketfind.train import State, Task
 
 
 @torch.no_grad()

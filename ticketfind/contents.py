@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ticketfind import TicketfindError, __version__, results
+from ticketfind.provenance import Provenance
 from ticketfind.recipe import Recipe
 from ticketfind.rundir import RunDir
 from ticketfind.tensorfile import read_tensors
-from ticketfind.ticket import Provenance, Ticket, read_start
+from ticketfind.ticket import Ticket, read_start
 
 
 def finished_rounds(run: RunDir, recipe: Recipe | None = None) -> list[results.Round]:
@@ -25,9 +26,8 @@ def load(run: RunDir, round: int, replicate: int) -> Ticket:
     """The ticket of one round and replicate, trained or not. Raises TicketfindError where the run does not hold it."""
     recipe = run.recipe()
     rounds = finished_rounds(run, recipe)
-    if not 1 <= round <= max(len(rounds) - 1, _untested(recipe, rounds) or 0):
-        raise _no_round(run, rounds, round)
-    there = rounds[min(round, len(rounds) - 1)].replicates
+    measured = {finished.round: finished for finished in rounds}
+    there = _replicates(run, recipe, rounds, round)
     if replicate not in there:
         raise TicketfindError(f"{run.path}: replicate: expected one of {', '.join(map(str, there))}, found {replicate}")
     mask, _ = read_tensors(run.mask_file(round, replicate), "mask")
@@ -36,7 +36,7 @@ def load(run: RunDir, round: int, replicate: int) -> Ticket:
         recipe=recipe.plain(),
         round=round,
         replicate=replicate,
-        claims={name: rounds[n].stats.json() for name, n in (("dense", 0), ("ticket", round)) if n < len(rounds)},
+        claims={name: measured[n].stats.json() for name, n in (("dense", 0), ("ticket", round)) if n in measured},
         versions={"ticketfind": __version__, "torch": torch.__version__, "python": platform.python_version()},
         **facts,
     )
@@ -51,14 +51,28 @@ def dense_weights(run: RunDir, found: Sequence[Ticket]) -> list[dict[str, Tensor
     return [read_tensors(file, "trained weights")[0] for file in there]
 
 
-def _no_round(run: RunDir, rounds: list[results.Round], round: int) -> TicketfindError:
-    there = f"1 to {len(rounds) - 1}" if len(rounds) > 1 else "a finished pruned round, of which the run has none"
-    return TicketfindError(f"{run.path}: round: expected {there}, found {round}")
+def _replicates(run: RunDir, recipe: Recipe, rounds: list[results.Round], round: int) -> tuple[int, ...]:
+    """Those that have a ticket of a round: it was measured, or its masks are drawn and it will not be, perhaps.
+
+    Raises TicketfindError where none has.
+    """
+    found = next((each.replicates for each in rounds if each.round == round), ())
+    if not found and rounds and _draws_apart(recipe):
+        found = tuple(r for r in rounds[0].replicates if run.mask_file(round, r).exists())
+    if round >= 1 and found:
+        return found
+    numbers = [str(each.round) for each in rounds if each.round]
+    whole = len(numbers) > 1 and numbers == [str(n) for n in range(1, len(numbers) + 1)]
+    there = f"1 to {len(numbers)}" if whole else " or ".join(numbers)
+    there = there or "a finished pruned round, of which the run has none"
+    raise TicketfindError(f"{run.path}: round: expected {there}, found {round}")
 
 
-def _untested(recipe: Recipe, rounds: list[results.Round]) -> int | None:
-    """The round whose mask was drawn from weights that were trained already, and not trained; None before that."""
-    return 1 if recipe.model.trained and recipe.prune.rounds == 1 and rounds else None
+def _draws_apart(recipe: Recipe) -> bool:
+    """Whether masks are drawn that are not measured: from weights that are trained already, or for themselves."""
+    prune = recipe.prune
+    one_shot = recipe.model.trained is not None and prune.rounds == 1
+    return one_shot or prune.every is not None or prune.mask_stop is not None
 
 
 @dataclass(frozen=True)
@@ -76,13 +90,11 @@ def chosen(run: RunDir, round: int | None) -> Choice:
     """
     recipe = run.recipe()
     rounds = finished_rounds(run, recipe)
-    untested = _untested(recipe, rounds)
-    if untested is not None and round in (None, untested):
-        return Choice(untested, rounds[0].replicates[0])
+    if round is None and len(rounds) == 1 and recipe.model.trained and recipe.prune.rounds == 1:
+        round = 1  # drawn, and not trained
     if round is not None:
-        if not 1 <= round < len(rounds):
-            raise _no_round(run, rounds, round)
-        return Choice(round, rounds[round].best_replicate)
+        best = next((each.best_replicate for each in rounds if each.round == round), None)
+        return Choice(round, _replicates(run, recipe, rounds, round)[0] if best is None or round == 0 else best)
     winner = results.winner_of(rounds)
     if winner is None:
         finished = f"{len(rounds)} finished rounds" if rounds else "no finished round"
@@ -92,9 +104,9 @@ def chosen(run: RunDir, round: int | None) -> Choice:
 
 def tickets(run: RunDir, round: int | None) -> list[Ticket]:
     """The tickets of every replicate of a round (the winner's where None)."""
-    number = chosen(run, round).round
-    rounds = finished_rounds(run)
-    return [load(run, number, replicate) for replicate in rounds[min(number, len(rounds) - 1)].replicates]
+    number, recipe = chosen(run, round).round, run.recipe()
+    there = _replicates(run, recipe, finished_rounds(run, recipe), number)
+    return [load(run, number, replicate) for replicate in there]
 
 
 def nearest_round(run: RunDir, remaining: float) -> int:

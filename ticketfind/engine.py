@@ -21,7 +21,9 @@ from ticketfind.batches import Batch, Examples, Feed, seed_all
 from ticketfind.devices import SMALL_MODEL, Way, autocast
 from ticketfind.forks import Tick
 from ticketfind.lanes import (
+    NO_EXTRA,
     Context,
+    Extra,
     Lane,
     Loss,
     Member,
@@ -118,6 +120,16 @@ class Lockstep:
     def everything(self) -> list[Tensor]:
         """Every tensor that training changes, in an order of the members' own."""
         return [tensor for member in self._members for tensor in member.everything()]
+
+    def paths(self) -> list[dict[str, Tensor]]:
+        """Of each arm, by trained parameter: the sum of |w_t - w_(t-1)| so far."""
+        return [path for member in self._members for path in member.paths()]
+
+    def tighten(self, masks: Sequence[Masks]) -> None:
+        """Go on under masks that keep less, one for each arm."""
+        each = iter(masks)
+        for member in self._members:
+            member.tighten([*itertools.islice(each, member.arms)])
 
 
 class Rehearsed(Lockstep):
@@ -305,11 +317,12 @@ def begin(
     seed: int = 0,
     first: int = 0,
     note: Callable[[str], None] = lambda text: None,
+    extra: Extra = NO_EXTRA,
 ) -> Lockstep:
     """Arms of `model`, which is copied, from `starts` under masks, at iteration `first`; fresh optimizer state.
 
     feeds: makes the arms' batches anew. seed: of what networks draw at random. Where the way cannot train this network,
-    the next best can: eagerly, one after another, at last. note: told why, once.
+    the next best can: eagerly, one after another, at last. note: told why, once. extra: for the mask that is drawn.
     """
     context = autocast(way, device)
     known = _known.setdefault(model, _Known(set(), {}))
@@ -318,13 +331,13 @@ def begin(
         return [
             Lane(
                 copy.deepcopy(model), start, masks, how, loss,
-                compiled=compiled, context=context, channels_last=way.channels_last,
+                compiled=compiled, context=context, channels_last=way.channels_last, extra=extra,
             )
             for start, masks in starts
         ]  # fmt: skip
 
     def stacked() -> list[Member]:
-        return [Stack(copy.deepcopy(model), starts, how, loss, context=context)]
+        return [Stack(copy.deepcopy(model), starts, how, loss, context=context, extra=extra)]
 
     def compiled() -> list[Member]:
         if loss not in known.compiled:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ticketfind import TicketfindError, attack, masks, results, transfer
+from ticketfind.arms import Arm, Outcome, State, Task
 from ticketfind.attack import Attack, Attacked
 from ticketfind.batches import derived_seed
 from ticketfind.course import Failed
@@ -19,7 +20,7 @@ from ticketfind.forks import Tick
 from ticketfind.recipe import Run, Train
 from ticketfind.results import Measured, Stats
 from ticketfind.ticket import Ticket
-from ticketfind.train import Arm, Outcome, State, Task, check_memory, fit, judge
+from ticketfind.train import check_memory, fit, judge
 from ticketfind.verdict import CONTROLS, Verdict, verdict
 
 EXTRAS = ("one-shot", "init-magnitude")
@@ -123,8 +124,8 @@ def evaluate(
 ) -> Evaluation:
     """Train the tickets, the dense network, noisy twins and controls, in one `fit`; compare.
 
-    first_seed: of the first trial; the others follow. groups: what is ranked together in `design.extras`. folder: for
-    the files of an outside program that trains.
+    first_seed: of the first trial; the others follow. groups: what is ranked together, for masks drawn anew.
+    folder: for the files of an outside program that trains.
     Raises TicketfindError where the ticket does not fit the task's model.
     """
     design, new = _onto(design, task)
@@ -271,7 +272,8 @@ def _arms(
         add("reinit", case, task.fresh(derived_seed(case.seed, "reinit")), case.ticket.masks, 0)
     for case in cases if original else ():
         start, first = original_weights(case)
-        add("random", case, start, masks.random_like(case.ticket.masks, seed=derived_seed(case.seed, "random")), first)
+        drawn = masks.random_like(case.ticket.masks, seed=derived_seed(case.seed, "random"), groups=groups)
+        add("random", case, start, drawn, first)
     for kind in design.extras:
         for case in cases if original and not fresh else ():
             weights = _ranked_by(kind, case, task)

@@ -8,10 +8,10 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,8 @@ from ticketfind import TicketfindError
 T = TypeVar("T")
 Tick = Callable[[int], None]
 """Called with the number of iterations done since the last call; may raise, to end the training where it is."""
+
+_STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 PATIENCE = 30.0
 """Seconds that a process has to finish its iteration, and to keep what it has done, before it is killed."""
@@ -53,7 +55,7 @@ def side_by_side(count: int, at_once: int, train: Callable[[int, Tick], T], tick
                 process = context.Process(
                     target=_child, args=(sending, others, train, started, os.getpid()), daemon=True
                 )
-                with warnings.catch_warnings(), _held_back(signal.SIGINT, signal.SIGTERM):
+                with warnings.catch_warnings(), _held_back(*_STOPS):
                     # Python >= 3.12 warns of forks beside threads; the child uses one
                     warnings.simplefilter("ignore", DeprecationWarning)
                     process.start()
@@ -64,12 +66,12 @@ def side_by_side(count: int, at_once: int, train: Callable[[int, Tick], T], tick
             for connection in wait(list(running), timeout=0.2):
                 assert isinstance(connection, Connection)
                 index, process = running[connection]
-                try:
-                    kind, value = pickle.loads(connection.recv_bytes())
-                except (EOFError, OSError):  # OSError: killed in the middle of a message
+                message = _received(connection)
+                if message is None:
                     process.join()
                     tick(0)  # a signal to all processes has reached this one too
-                    raise TicketfindError(_lost(process.exitcode, at_once)) from None
+                    raise TicketfindError(_lost(process.exitcode, at_once))
+                kind, value = message
                 if kind == "tick":
                     tick(value)
                     continue
@@ -82,10 +84,20 @@ def side_by_side(count: int, at_once: int, train: Callable[[int, Tick], T], tick
             while delivered in done:
                 yield done.pop(delivered)
                 delivered += 1
-    finally:
-        for connection in running:
-            connection.close()  # who waits to send something sees it
-        _end([process for _, process in running.values()])
+    except BaseException as reason:
+        faults = _end({connection: process for connection, (_, process) in running.items()})
+        if faults and not isinstance(reason, (Exception, GeneratorExit)):
+            raise faults[0] from reason  # it was stopped, and what it has done could not be kept
+        raise
+
+
+def _received(connection: Connection) -> tuple[str, Any] | None:
+    """What a process has sent; None if it sends no more."""
+    try:
+        kind, value = pickle.loads(connection.recv_bytes())
+    except (EOFError, OSError):  # OSError: killed in the middle of a message
+        return None
+    return kind, value
 
 
 @contextmanager
@@ -105,18 +117,33 @@ def _lost(exit_code: int | None, at_once: int) -> str:
     return f"a training process was killed, as the system does where memory runs short; {less}"
 
 
-def _end(processes: Sequence[multiprocessing.context.ForkProcess]) -> None:
-    """Have them stop between two iterations, where what they do is kept; those that take too long are killed."""
+def _end(processes: Mapping[Connection, multiprocessing.context.ForkProcess]) -> list[BaseException]:
+    """Have them stop between two iterations, where what they do is kept; those that take too long are killed.
+
+    The errors that they end with.
+    """
+    faults: list[BaseException] = []
     try:
-        for process in processes:
+        for process in processes.values():
             process.terminate()
         deadline = time.monotonic() + PATIENCE
-        for process in processes:
+        open_still = [*processes]
+        while open_still and (left := deadline - time.monotonic()) > 0:
+            for connection in wait(open_still, timeout=left):
+                assert isinstance(connection, Connection)
+                message = _received(connection)
+                if message is None:
+                    open_still.remove(connection)
+                elif message[0] == "error":
+                    faults.append(message[1])
+        for process in processes.values():
             process.join(max(0.0, deadline - time.monotonic()))
     finally:
-        for process in processes:
+        for connection, process in processes.items():
             process.kill()
             process.join()
+            connection.close()
+    return faults
 
 
 class _Asked(BaseException):
@@ -135,9 +162,10 @@ def _child(
         nonlocal asked
         asked = True
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    for number in _STOPS:  # Ctrl-C, and the end of a terminal, reach the parent too, which ends this process
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, ask)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     torch.set_num_threads(1)
     pending, last = 0, time.monotonic()
 

@@ -3,7 +3,7 @@
 Each check names the parameters in which it fails, and what is wrong with them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,12 +40,13 @@ def of_training(final: Mapping[str, Tensor], mask: Masks) -> list[str]:
     return [f"{name} has pruned weights that are not zero" for name in masks.nonzero_outside(mask, final)]
 
 
-def of_pruning(new: Masks, old: Masks, kept: int) -> list[str]:
-    """What a pruning draws: nothing that was pruned comes back, and exactly as many weights are kept as planned."""
+def of_pruning(new: Masks, old: Masks, kept: int, groups: Sequence[masks.Group] = (), round: int = 0) -> list[str]:
+    """What a pruning draws: nothing that was pruned comes back, and exactly as many weights are kept as planned, in
+    each block of an N:M pattern too (groups, round: what is pruned, for which round)."""
     faults = [f"{name} has a pruned weight that came back" for name in new if not masks.nested_in(new[name], old[name])]
     if masks.count(new) != kept:
         faults.append(f"{masks.count(new)} weights are kept, {kept} were planned")
-    return faults
+    return faults + [f"{name} keeps other numbers in its blocks" for name in masks.off_pattern(new, groups, round)]
 
 
 def is_same(a: Tensor, b: Tensor) -> bool:

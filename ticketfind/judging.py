@@ -95,7 +95,7 @@ def evaluate(
     if run is not None and resolved.data.spec != run.recipe().data.spec:
         screen.message(f"on other data than the run's, and so not kept in {run.path}")
     elif run is not None:
-        files.write_text(run.new_eval_file(tickets[0].about.round), terminal.dump(described))
+        files.write_text(run.new_eval_file(tickets[0].about.round), terminal.dump(described), root=run.path)
 
 
 def _others(path: Path | None, remaining: float) -> "tuple[list[Ticket], str | None]":
@@ -181,6 +181,7 @@ def stability(
 
 def report(
     run: options.RunArg = None,
+    beside: options.Beside = None,
     out: options.ReportOut = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -195,9 +196,12 @@ def report(
 
     screen = terminal.Screen(as_json=as_json, quiet=quiet)
     found = targets.run_at(run)
-    if found is None:
-        raise TicketfindError(f"{run}: expected a run directory, found a file")
-    views.show_report(screen, found, reporting.write(found, out), time.monotonic() - began)
+    other = None if beside is None else targets.run_at(beside)
+    for path, there in ((run, found), (beside, other)):
+        if path is not None and there is None:
+            raise TicketfindError(f"{path}: expected a run directory, found a file")
+    assert found is not None
+    views.show_report(screen, found, reporting.write(found, out, other), time.monotonic() - began)
 
 
 # ------------------------------------------------------------------------------------------------ verify

@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from ticketfind.masks import Masks, masked
 from ticketfind.outputs import Inputs, OutputFn, call
 from ticketfind.prunable import aliases
 from ticketfind.recipe import Train
+from ticketfind.updates import Update
 
 T = TypeVar("T")
 State = Mapping[str, Tensor]
@@ -27,6 +29,19 @@ Loss = Callable[[State, Inputs, Tensor], Tensor]
 """(parameters and buffers, inputs, targets) -> mean loss of a batch, a scalar."""
 Context = Callable[[], AbstractContextManager[object]]
 """What networks are called in: nothing special, or a precision."""
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What a training does beside training, for the mask that is drawn from it."""
+
+    paths: bool = False
+    """Sum up how far each weight goes, from step to step."""
+    tightens: bool = False
+    """Its masks may lose weights on the way."""
+
+
+NO_EXTRA = Extra()
 
 
 def learning_rate(how: Train, iteration: int) -> float:
@@ -97,6 +112,12 @@ class Member(Protocol):
     def everything(self) -> list[Tensor]:
         """Every tensor that a step changes: weights, buffers, and the optimizer's own."""
 
+    def paths(self) -> list[dict[str, Tensor]]:
+        """Of each arm, by trained parameter: the sum of |w_t - w_(t-1)| so far; copies."""
+
+    def tighten(self, masks: Sequence[Masks]) -> None:
+        """Go on under masks that keep less, one for each arm: what is pruned has no moments; paths begin anew."""
+
 
 class Lane:
     """One arm's training under way."""
@@ -114,6 +135,7 @@ class Lane:
         compiled: Loss | None = None,
         context: Context = nullcontext,
         channels_last: bool = False,
+        extra: Extra = NO_EXTRA,
     ) -> None:
         """Put `start` under `masks` into `model`, which the lane owns from here on; fresh optimizer state.
 
@@ -125,8 +147,9 @@ class Lane:
             model.to(memory_format=torch.channels_last)
         put(model, start, masks)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._tensors = {**tensors(model), **named}
-        self._update = _Update([*named.values()], [_pruning(name, masks) for name in named], how, arms=None)
+        self._tensors, self._trained = {**tensors(model), **named}, [*named]
+        pruning = [_pruning(name, masks, whole=extra.tightens) for name in named]
+        self._update = Update([*named.values()], pruning, how, arms=None, paths=extra.paths)
 
     def step(self, batch: Batch, lr: float | Tensor) -> Tensor:
         inputs, targets = self._laid_out(batch[0]), batch[1]
@@ -150,6 +173,12 @@ class Lane:
     def everything(self) -> list[Tensor]:
         return [*tensors(self._model).values(), *self._update.everything()]
 
+    def paths(self) -> list[dict[str, Tensor]]:
+        return [{name: path.clone() for name, path in zip(self._trained, self._update.paths, strict=True)}]
+
+    def tighten(self, masks: Sequence[Masks]) -> None:
+        self._update.tighten([masks[0].get(name) for name in self._trained])
+
     def _laid_out(self, inputs: Inputs) -> Inputs:
         if self._format is torch.contiguous_format:
             return inputs
@@ -171,6 +200,7 @@ class Stack:
         loss: OutputFn,
         *,
         context: Context = nullcontext,
+        extra: Extra = NO_EXTRA,
     ) -> None:
         """`model` is the stack's own from here on, for its architecture."""
         self._model, self._context, self.arms = model, context, len(starts)
@@ -179,10 +209,10 @@ class Stack:
             put(model, start, masks)
             parts.append({name: t.clone() for name, t in tensors(model).items()})
         self._tensors = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        trained = self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
         leaves = [self._tensors[name].requires_grad_() for name in trained]
-        pruned = [_stacked_pruning(name, [masks for _, masks in starts]) for name in trained]
-        self._update = _Update(leaves, pruned, how, arms=self.arms)
+        pruned = [_stacked_pruning(name, [masks for _, masks in starts], whole=extra.tightens) for name in trained]
+        self._update = Update(leaves, pruned, how, arms=self.arms, paths=extra.paths)
         self._losses = vmap(functional(model, loss), randomness="different")
 
     def step(self, batch: Batch, lr: float | Tensor) -> Tensor:
@@ -213,6 +243,13 @@ class Stack:
     def everything(self) -> list[Tensor]:
         return [*(t.detach() for t in self._tensors.values()), *self._update.everything()]
 
+    def paths(self) -> list[dict[str, Tensor]]:
+        named = [*zip(self._trained, self._update.paths, strict=True)]
+        return [{name: path[arm].clone() for name, path in named} for arm in range(self.arms)]
+
+    def tighten(self, masks: Sequence[Masks]) -> None:
+        self._update.tighten([_stacked_pruning(name, masks, whole=True) for name in self._trained])
+
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     found = model.state_dict()
@@ -223,138 +260,14 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _pruning(name: str, masks: Masks) -> Tensor | None:
-    """A parameter's mask; None where it prunes nothing."""
+def _pruning(name: str, masks: Masks, *, whole: bool = False) -> Tensor | None:
+    """A parameter's mask; None where it has none, or prunes nothing (but with `whole`)."""
     mask = masks.get(name)
-    return None if mask is None or bool(mask.all()) else mask
+    return None if mask is None or (bool(mask.all()) and not whole) else mask
 
 
-def _stacked_pruning(name: str, masks: Sequence[Masks]) -> Tensor | None:
+def _stacked_pruning(name: str, masks: Sequence[Masks], *, whole: bool = False) -> Tensor | None:
     """The same of several arms, stacked."""
-    found = [_pruning(name, each) for each in masks]
+    found = [_pruning(name, each, whole=whole) for each in masks]
     some = next((mask for mask in found if mask is not None), None)
     return None if some is None else torch.stack([torch.ones_like(some) if m is None else m for m in found])
-
-
-# -------------------------------------------------------------------------------------------- the update
-
-
-class _Update:
-    """From a loss to changed weights: gradients, clipping, optimizer, masks."""
-
-    def __init__(
-        self, leaves: Sequence[Tensor], pruning: Sequence[Tensor | None], how: Train, arms: int | None
-    ) -> None:
-        """pruning: which of a leaf's weights are kept; None for all. arms: of leaves that are stacked."""
-        self._leaves, self._how, self._arms = leaves, how, arms
-        self._weights = [leaf.detach() for leaf in leaves]
-        self._keep = [
-            None if kept is None else torch.empty_like(weight).copy_(kept)
-            for kept, weight in zip(pruning, self._weights, strict=True)
-        ]
-        self._optimizer = _Optimizer(self._weights, self._keep, how)
-        left = [] if self._optimizer.holds_pruned else [i for i, keep in enumerate(self._keep) if keep is not None]
-        self._to_mask = [self._weights[i] for i in left], [self._keep[i] for i in left]
-
-    def __call__(self, loss: Tensor, lr: float | Tensor) -> None:
-        grads = self._own(torch.autograd.grad(loss, self._leaves, allow_unused=True))
-        if self._how.clip is not None:
-            grads = self._clipped(grads, self._how.clip)
-        self._optimizer.step(grads, lr)
-        if self._to_mask[0]:
-            torch._foreach_mul_(*self._to_mask)  # type: ignore[arg-type]
-
-    def everything(self) -> list[Tensor]:
-        """The optimizer's tensors; its weights are the network's."""
-        return self._optimizer.everything()
-
-    def _own(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradients in their weights' memory layout, as ``backward`` leaves them: the fused updates rely on it."""
-        dense = [g.to_dense() if g is not None and g.layout != torch.strided else g for g in grads]  # of embeddings
-        return [
-            g if g is None or g.stride() == w.stride() else torch.empty_like(w).copy_(g)
-            for g, w in zip(dense, self._weights, strict=True)
-        ]
-
-    def _clipped(self, grads: Sequence[Tensor | None], longest: float) -> list[Tensor | None]:
-        """Each arm's gradient, over all weights that it keeps, as ``torch.nn.utils.clip_grad_norm_`` shortens it."""
-        kept = [g if g is None or keep is None else g * keep for g, keep in zip(grads, self._keep, strict=True)]
-        norms = [g.reshape(self._arms or 1, -1).norm(dim=1) for g in kept if g is not None]
-        scale = (longest / (torch.stack(norms).norm(dim=0) + 1e-6)).clamp(max=1.0)
-        return [g if g is None else g * scale.view(-1, *[1] * (g.ndim - 1)) if self._arms else g * scale for g in kept]
-
-
-class _Optimizer:
-    """PyTorch's own update rules: its fused kernels, called as functions on lists of tensors.
-
-    As ``torch.optim``'s classes call them, but without their bookkeeping, which costs a small network a third of its
-    step (and a second at start-up). A parameter without a gradient is left alone, as there.
-
-    Adam divides by the root of the second moment. A pruned weight's is infinite: it moves by exactly zero, and stays
-    zero without a mask in the step.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], keep: Sequence[Tensor | None], how: Train) -> None:
-        self._parameters, self._how = parameters, how
-        self._adaptive = how.optimizer != "sgd"
-        self.holds_pruned = self._adaptive and all(_divides_by_infinity(p.device, p.dtype) for p in parameters)
-        self._first = [torch.zeros_like(p) for p in parameters] if self._adaptive or how.momentum else []
-        self._second = [torch.zeros_like(p) for p in parameters] if self._adaptive else []
-        self._count = torch.zeros(len(parameters) if self._adaptive else 0, device=parameters[0].device)
-        self._steps = [*self._count]
-        dtypes = dict.fromkeys(p.dtype for p in parameters)
-        self._groups = [[i for i, p in enumerate(parameters) if p.dtype == dtype] for dtype in dtypes]
-        if self.holds_pruned:
-            for second, kept in zip(self._second, keep, strict=True):
-                if kept is not None:
-                    second.masked_fill_(kept == 0, math.inf)
-
-    def everything(self) -> list[Tensor]:
-        """Moments and counts of steps."""
-        return [*self._first, *self._second, self._count]
-
-    def step(self, grads: Sequence[Tensor | None], lr: float | Tensor) -> None:
-        if self._adaptive:
-            self._count_step(grads)
-        for group in self._groups:
-            live = [i for i in group if grads[i] is not None]
-            self._kernel(live, [g for i in live if (g := grads[i]) is not None], lr)
-
-    def _count_step(self, grads: Sequence[Tensor | None]) -> None:
-        if all(grad is not None for grad in grads):
-            self._count += 1
-        else:
-            for step, grad in zip(self._steps, grads, strict=True):
-                if grad is not None:
-                    step += 1
-
-    def _kernel(self, live: Sequence[int], grads: list[Tensor], lr: float | Tensor) -> None:
-        def pick(values: Sequence[Tensor]) -> list[Tensor]:
-            return [values[i] for i in live] if values else []
-
-        how, parameters, first = self._how, pick(self._parameters), pick(self._first)
-        if not self._adaptive:
-            torch._fused_sgd_(
-                parameters, grads, first, weight_decay=how.weight_decay, momentum=how.momentum, lr=lr,
-                dampening=0.0, nesterov=False, maximize=False, is_first_step=False,
-            )  # fmt: skip
-            return
-        update = torch._fused_adamw_ if how.optimizer == "adamw" else torch._fused_adam_
-        update(
-            parameters, grads, first, pick(self._second), [], pick(self._steps), amsgrad=False, lr=lr,
-            beta1=0.9, beta2=0.999, weight_decay=how.weight_decay, eps=1e-8, maximize=False,
-        )  # fmt: skip
-
-
-@functools.cache
-def _divides_by_infinity(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether PyTorch's fused Adam leaves a zero weight with an infinite second moment at zero; tried, not assumed."""
-    weight, grad, first = (torch.full((64,), value, device=device, dtype=dtype) for value in (0.0, 1.0, 0.0))
-    second, steps = torch.full_like(weight, math.inf), torch.zeros((), device=device)
-    for _ in range(2):
-        steps += 1
-        torch._fused_adam_(
-            [weight], [grad], [first], [second], [], [steps], amsgrad=False,
-            lr=0.1, beta1=0.9, beta2=0.999, weight_decay=0.1, eps=1e-8, maximize=False,
-        )  # fmt: skip
-    return bool((weight == 0).all())

@@ -84,7 +84,8 @@ def _named(key: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with numbers as people write them: 1e-3 is a number here (YAML 1.1 wants 1.0e-3).
+    """YAML with numbers as people write them: 1e-3 is a number here (YAML 1.1 wants 1.0e-3), 2:4 is none (YAML 1.1 has
+    it for 124, to the base 60).
 
     Dates stay texts: a recipe is also kept as JSON, which has none. An alias stands for the very value that it names,
     but a merge key (<<) would copy it, and many of them 2^n times over: it is not read.
@@ -95,9 +96,14 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0].rpartition(":")[2] not in ("float", "timestamp", "merge")]
+    first: [pair for pair in pairs if pair[0].rpartition(":")[2] not in ("int", "float", "timestamp", "merge")]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(?:0b[01_]+|0[0-7_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$"),
+    list("-+0123456789"),
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:(?:\d[\d_]*(?:\.[\d_]*)?|\.\d[\d_]*)(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
@@ -106,10 +112,11 @@ _Loader.add_implicit_resolver(
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that _Loader would read as numbers."""
+    """Quotes the texts that _Loader, or a reader by YAML 1.1 (2:4), would read as numbers."""
 
 
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+_Dumper.yaml_implicit_resolvers = {first: [*pairs] for first, pairs in _Loader.yaml_implicit_resolvers.items()}
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^\d+:\d+$"), list("0123456789"))
 
 
 def parse_value(text: str) -> Any:

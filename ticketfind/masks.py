@@ -3,21 +3,19 @@
 A mask is a bool tensor of its parameter's shape, True = kept.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
-from ticketfind import TicketfindError
+from ticketfind import TicketfindError, patterns, readers
 from ticketfind.selection import keep_highest
 
 Masks = dict[str, Tensor]
 """Parameter name -> bool tensor of its shape, True = kept."""
 Weights = Mapping[str, Tensor]
-ScoreFn = Callable[[Weights, Weights], Weights]
-"""(trained, initial) -> scores, dicts of tensors of equal shapes; the highest scores are kept."""
 
 
 # ---------------------------------------------------------------------------------------------- groups
@@ -29,12 +27,24 @@ class Group:
 
     names: tuple[str, ...]
     fraction: float
+    steps: tuple[int, ...] = ()
+    """Of the one tensor of an N:M pattern: weights kept in each block, round by round (4, 3, 2). No fraction counts."""
+
+    def kept_after(self, remaining: int, size: int) -> int:
+        """Weights kept of the `remaining` ones, of `size` in all."""
+        if not self.steps or not size:
+            return kept_after(remaining, self.fraction)
+        block = self.steps[0]
+        now = remaining * block // size
+        return size * next((step for step in self.steps if step < now), now) // block
 
 
-def make_groups(names: Sequence[str], fractions: Mapping[str, float], scope: str) -> list[Group]:
-    """One group per tensor (scope "layer") or per glob (scope "global"); for each tensor the last glob that matches.
+def make_groups(
+    names: Sequence[str], fractions: Mapping[str, float], scope: str, rounds: int | None = None
+) -> list[Group]:
+    """One group per tensor (scope "layer" or "N:M") or per glob ("global"); for each tensor the last glob that matches.
 
-    Tensors with fraction 0, or with no glob, are in no group: they stay whole.
+    Tensors with fraction 0, or with no glob, are in no group: they stay whole. rounds: of a pattern.
     """
     members: dict[str, list[str]] = {}
     for name in names:
@@ -44,7 +54,9 @@ def make_groups(names: Sequence[str], fractions: Mapping[str, float], scope: str
     if scope == "global":
         return [Group(tuple(inside), fractions[glob]) for glob, inside in members.items()]
     by_name = {name: fractions[glob] for glob, inside in members.items() for name in inside}
-    return [Group((name,), by_name[name]) for name in names if name in by_name]
+    pattern = readers.pattern(scope)
+    steps = () if pattern is None else patterns.steps(*pattern, rounds)
+    return [Group((name,), by_name[name], steps) for name in names if name in by_name]
 
 
 def kept_after(remaining: int, fraction: float) -> int:
@@ -59,93 +71,56 @@ def plan(sizes: Mapping[str, int], groups: Sequence[Group], rounds: int | None, 
     would be pruned any more. sizes: weights in each prunable tensor.
     """
     total = sum(sizes.values())
-    left = [sum(sizes[name] for name in group.names) for group in groups]
+    left = in_groups = [sum(sizes[name] for name in group.names) for group in groups]
     whole = total - sum(left)
     kept = [total]
     while (rounds is None or len(kept) <= rounds) and (until is None or kept[-1] > until * total):
-        left = [kept_after(n, group.fraction) for n, group in zip(left, groups, strict=True)]
+        left = [group.kept_after(n, size) for n, size, group in zip(left, in_groups, groups, strict=True)]
         if whole + sum(left) == kept[-1]:
             break
         kept.append(whole + sum(left))
     return kept
 
 
-# ---------------------------------------------------------------------------------------------- scores
-
-
-def _magnitude(trained: Weights, initial: Weights) -> Weights:
-    """|w_final|, the paper's criterion (arXiv 1803.03635, section 2)."""
-    return {name: w.abs() for name, w in trained.items()}
-
-
-def _random(trained: Weights, initial: Weights) -> Weights:
-    return {name: torch.rand_like(w) for name, w in trained.items()}
-
-
-def _movement(trained: Weights, initial: Weights) -> Weights:
-    """|w_final - w_initial|: prunes what has changed least (arXiv 1905.01067, figure 3)."""
-    return {name: (w - initial[name]).abs() for name, w in trained.items()}
-
-
-def _magnitude_increase(trained: Weights, initial: Weights) -> Weights:
-    """|w_final| - |w_initial| (arXiv 1905.01067, figure 3)."""
-    return {name: w.abs() - initial[name].abs() for name, w in trained.items()}
-
-
-def _large_init(trained: Weights, initial: Weights) -> Weights:
-    """|w_initial| (arXiv 1905.01067, figure 3)."""
-    return {name: initial[name].abs() for name in trained}
-
-
-SCORES: dict[str, ScoreFn] = {
-    "magnitude": _magnitude,
-    "random": _random,
-    "movement": _movement,
-    "magnitude_increase": _magnitude_increase,
-    "large_init": _large_init,
-}
-
-
-def score(function: ScoreFn, trained: Weights, initial: Weights, *, seed: int) -> dict[str, Tensor]:
-    """The scores of `function`, checked; what it draws from torch's generators follows from `seed`.
-
-    Raises TicketfindError where a score is missing, wrongly shaped or not finite.
-    """
-    devices = {w.device.index or 0 for w in trained.values() if w.device.type == "cuda"}
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
-        try:
-            scores = function(trained, initial)
-        except Exception as error:
-            raise TicketfindError(f"score: the function failed: {type(error).__name__}: {error}") from error
-    if not isinstance(scores, Mapping):
-        raise TicketfindError(f"score: expected a dict of tensors by parameter, found {type(scores).__name__}")
-    for name, w in trained.items():
-        found = scores.get(name)
-        if not isinstance(found, Tensor) or found.shape != w.shape:
-            shape = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise TicketfindError(f"score of {name}: expected a tensor of shape {tuple(w.shape)}, found {shape}")
-        if not bool(found.sum().isfinite()) and not bool(torch.isfinite(found).all()):  # a sum may overflow
-            raise TicketfindError(f"score of {name}: expected finite numbers, found NaN or infinity")
-    return {name: s.to(torch.uint8) if s.dtype == torch.bool else s for name, s in scores.items()}  # for kthvalue
-
-
 # --------------------------------------------------------------------------------------------- pruning
 
 
-def prune(masks: Masks, scores: Weights, groups: Sequence[Group]) -> Masks:
+def prune(masks: Masks, scores: Weights, groups: Sequence[Group], counts: Sequence[int] | None = None) -> Masks:
     """New masks with exactly ``n - round(n * p)`` of each group's n remaining weights, the highest scores.
 
-    Ties go to the weight that comes first (tensors in the group's order, weights in row-major order), so that a
-    mask is a function of the scores alone. Masks only ever lose weights. Shapes: as the parameters'.
+    counts: how many to keep of each group instead. Ties go to the weight that comes first (tensors in the group's
+    order, weights in row-major order), so that a mask is a function of the scores alone. Masks only ever lose weights.
+    Shapes: as the parameters'.
     """
     new = dict(masks)
-    for group in groups:
-        among = [masks[name] for name in group.names]
-        left = sum(int(mask.sum()) for mask in among)
-        kept = keep_highest([scores[name] for name in group.names], among, kept_after(left, group.fraction))
+    for group, count in zip(groups, counts or targets(masks, groups), strict=True):
+        kept = _highest(group, [scores[name] for name in group.names], [masks[name] for name in group.names], count)
         new.update(zip(group.names, kept, strict=True))
     return new
+
+
+def targets(masks: Masks, groups: Sequence[Group]) -> list[int]:
+    """How many weights of each group the next round keeps."""
+    sizes = [sum(masks[name].numel() for name in group.names) for group in groups]
+    return [group.kept_after(kept_in(masks, group), size) for group, size in zip(groups, sizes, strict=True)]
+
+
+def kept_in(masks: Masks, group: Group) -> int:
+    """Weights kept in a group."""
+    return sum(int(masks[name].sum()) for name in group.names)
+
+
+def on_the_way(start: Sequence[int], end: Sequence[int], share: float) -> list[int]:
+    """Counts from `start` to `end`, group by group, after a share (0 to 1) of the way: n * (k / n) ** share."""
+    return [round(n * (k / n) ** share) if 0 < share < 1 and n else k for n, k in zip(start, end, strict=True)]
+
+
+def _highest(group: Group, scores: Sequence[Tensor], among: Sequence[Tensor], k: int) -> list[Tensor]:
+    """The k highest of a group, in each block alike where it has a pattern."""
+    if not group.steps or not patterns.fits(among[0].shape, group.steps[0]):
+        return keep_highest(scores, among, k)
+    block = group.steps[0]
+    return [patterns.keep_highest(scores[0], among[0], k * block // among[0].numel(), block)]
 
 
 def dense(shapes: Mapping[str, Sequence[int]]) -> Masks:
@@ -153,11 +128,19 @@ def dense(shapes: Mapping[str, Sequence[int]]) -> Masks:
     return {name: torch.ones(tuple(shape), dtype=torch.bool) for name, shape in shapes.items()}
 
 
-def random_like(masks: Masks, *, seed: int) -> Masks:
-    """Random masks that keep as many weights of each tensor as `masks` do (the control of the paper's figure 4)."""
+def random_like(masks: Masks, *, seed: int, groups: Sequence[Group] = ()) -> Masks:
+    """Random masks that keep as many weights of each tensor as `masks` do (the control of the paper's figure 4).
+
+    groups: those of a pattern have as many in each block, so that the pattern is no part of what is compared.
+    """
     generator = torch.Generator().manual_seed(seed)
+    patterned = {group.names[0]: group for group in groups if group.steps}
     drawn = {}
     for name, mask in masks.items():
+        if name in patterned:
+            scores = torch.rand(mask.shape, generator=generator)
+            (drawn[name],) = _highest(patterned[name], [scores], [torch.ones_like(mask)], int(mask.sum()))
+            continue
         order = torch.randperm(mask.numel(), generator=generator)
         flat = torch.zeros(mask.numel(), dtype=torch.bool)
         flat[order[: int(mask.sum())]] = True
@@ -170,8 +153,7 @@ def magnitude_like(masks: Masks, weights: Weights, groups: Sequence[Group]) -> M
     drawn = dict(masks)
     for group in groups:
         scores = [weights[name].abs() for name in group.names]
-        left = sum(int(masks[name].sum()) for name in group.names)
-        kept = keep_highest(scores, [torch.ones_like(masks[name]) for name in group.names], left)
+        kept = _highest(group, scores, [torch.ones_like(masks[name]) for name in group.names], kept_in(masks, group))
         drawn.update(zip(group.names, kept, strict=True))
     return drawn
 
@@ -189,6 +171,17 @@ def count(masks: Masks) -> int:
 def nested_in(inner: Tensor, outer: Tensor) -> bool:
     """True if the mask `inner` keeps nothing that `outer` has pruned."""
     return not bool((inner & ~outer).any())
+
+
+def off_pattern(masks: Masks, groups: Sequence[Group], round: int) -> list[str]:
+    """Names of the tensors of an N:M pattern in which some block keeps another number than `round` has."""
+    found = []
+    for group in groups:
+        if group.steps:
+            (name,), block, expected = group.names, group.steps[0], group.steps[min(round, len(group.steps) - 1)]
+            if patterns.kept_in_each(masks[name], block) != expected:
+                found.append(name)
+    return found
 
 
 def nonzero_outside(masks: Masks, weights: Weights) -> list[str]:
@@ -252,6 +245,16 @@ def compare(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Overl
         expected = kept_a * kept_b / x.numel() if x.numel() else 0.0
         overlaps[name] = Overlap(x.numel(), kept_a, kept_b, int((x & y).sum()), expected)
     return overlaps
+
+
+def agreement_within(a: Masks, b: Masks, outer: Masks) -> float:
+    """Cohen's kappa of two masks over the weights that `outer`, which both are nested in, keeps: 0 by chance."""
+    return total(
+        Overlap(size, kept_a, kept_b, int((a[name] & b[name]).sum()), kept_a * kept_b / size)
+        for name, mask in outer.items()
+        if (size := int(mask.sum()))
+        for kept_a, kept_b in [(int(a[name].sum()), int(b[name].sum()))]
+    ).agreement
 
 
 def total(overlaps: Iterable[Overlap]) -> Overlap:

@@ -109,16 +109,25 @@ def has_run_out(error: BaseException) -> bool:
 
 
 def what_fits(need: Need | None, arms: int, batch_size: int, there: float) -> str:
-    """What to do where `arms` trainings at once do not fit into `there` bytes."""
-    fitting = arms - 1 if need is None else min(arms - 1, int(there / need.of(batch_size)))
+    """What to do where `arms` trainings at once do not fit into `there` bytes.
+
+    What is said to fit does by the estimate; where that says that all would, it is off, and the next smaller may fit.
+    """
+    is_off = need is None or arms * need.of(batch_size) <= there
+    fitting = arms - 1 if need is None or is_off else min(arms - 1, int(there / need.of(batch_size)))
     if fitting >= 1:
-        return f"--arms-at-once {fitting} {'may fit' if need is None else 'would'}, with the same results"
-    if need is None:
-        return "try a smaller --batch-size"
-    examples = int((there - need.fixed) / 2 / max(need.per_example, 1.0))
+        return f"--arms-at-once {fitting} {'may' if is_off else 'would'} fit, with the same results"
+    if batch_size > 1 and (need is None or is_off):
+        return f"a smaller batch may fit: --batch-size {batch_size // 2}"
+    if need is None or is_off:
+        return "a batch of one example is the smallest: it takes a smaller model, or a device with more memory"
+    examples = min(batch_size - 1, int((there - need.fixed) / 2 / max(need.per_example, 1.0)))
     if examples >= 1:
-        return f"one arm with --batch-size {min(examples, batch_size - 1) or 1} would fit"
-    return f"the model's weights, gradients and moments alone need {_gib(need.fixed)}"
+        return f"one arm with --batch-size {examples} would fit"
+    return (
+        f"one example takes {_gib(need.of(1))}, the model's weights, gradients and moments alone {_gib(need.fixed)}:"
+        " it takes a smaller model, or a device with more memory"
+    )
 
 
 def _arms(arms: int) -> str:

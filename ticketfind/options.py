@@ -89,8 +89,29 @@ Prune = Annotated[
 Rounds = Annotated[Whole, _option("--rounds", "Prunings.")]
 Until = Annotated[Text, _option("--until", "Stop once this share of the weights is left (0.05 or 5%).")]
 Rewind = Annotated[Text, _option("--rewind", "Where survivors go back to: 0it, 500it, 2ep, 2% or lr.")]
-Scope = Annotated[Text, _option("--scope", "layer or global.")]
-Score = Annotated[Text, _option("--score", "magnitude, random, movement, magnitude_increase, large_init or module:fn.")]
+Scope = Annotated[Text, _option("--scope", "layer, global, or a pattern N:M such as 2:4.")]
+Score = Annotated[
+    Text,
+    _option(
+        "--score",
+        "What is kept: magnitude, movement, path_length, snip, grasp, synflow, others of docs/guide.md, or module:fn.",
+    ),
+]
+PruneEvery = Annotated[
+    Text, _option("--prune-every", "Prune on the way, each time after so many iterations (100it, 2ep, 5%).")
+]
+MaskStop = Annotated[
+    Real,
+    _option("--mask-stop", "End a round once the mask that it would draw agrees so much with the last evaluation's."),
+]
+Ahead = Annotated[
+    list[int] | None,
+    _option("--ahead", "Rounds whose masks a training draws; repeatable, one number for each training.", min=1),
+]
+UntilFails = Annotated[
+    bool | None,
+    _option("--until-fails", "Look for the sparsest matching round, and measure no sparser ones than it takes."),
+]
 Only = Annotated[Texts, _option("--prune-only", "Prune these parameters and no others; repeatable.", metavar="GLOB")]
 Skip = Annotated[Texts, _option("--skip", "Leave these parameters alone; repeatable.", metavar="GLOB")]
 
@@ -222,6 +243,12 @@ Format = Annotated[
 ExportOut = Annotated[
     Path | None, typer.Option("--out", "-o", help="File to write; default: RUN-FORMAT.safetensors here.")
 ]
+Beside = Annotated[
+    Path | None,
+    _option(
+        "--beside", "Run of the same search with another dropout rate, for the claim that needs both.", metavar="RUN"
+    ),
+]
 ReportOut = Annotated[
     Path | None, _option("--out", "File to write, with FILE-figures beside it; default: report.html in the run.")
 ]
@@ -249,6 +276,10 @@ RECIPE_OPTIONS: dict[str, tuple[Any, str]] = {
     "rewind": (Rewind, "prune.rewind"),
     "scope": (Scope, "prune.scope"),
     "score": (Score, "prune.score"),
+    "prune_every": (PruneEvery, "prune.every"),
+    "mask_stop": (MaskStop, "prune.mask_stop"),
+    "ahead": (Ahead, "prune.ahead"),
+    "until_fails": (UntilFails, "prune.until_fails"),
     "prune_only": (Only, "prune.only"),
     "skip": (Skip, "prune.skip"),
     "iterations": (Iterations, "train.iterations"),

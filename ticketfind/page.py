@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from ticketfind import figures, intervals, results
+from ticketfind import figures, intervals, readers, results
 from ticketfind.claims import DOES_NOT, HOLDS, NOT_TESTED, UNDECIDED, Claim, Evaluated
 from ticketfind.figures import Chart
 from ticketfind.recipe import Recipe
@@ -59,13 +59,14 @@ def _subject(recipe: Recipe) -> str:
 
 def _head(found: Contents, title: str) -> str:
     train, prune, run = found.recipe.train, found.recipe.prune, found.recipe.run
-    fractions = ", ".join(f"{100 * share:g} % of {glob}" for glob, share in _fractions(prune.fraction))
+    shares = ", ".join(f"{100 * share:g} % of {glob}" for glob, share in _fractions(prune.fraction))
+    pruning = f"{shares}; scope" if readers.pattern(prune.scope) is None else "to"
     facts = {
         "Run": found.run + ("" if found.is_finished else " (not finished)"),
         "Replicates": f"{run.replicates}, seed {run.seed}",
         "Training": "a program of its own" if train.is_external else
         f"{int(train.iterations):,} iterations, batch {train.batch_size}, {train.optimizer} ({train.lr:g})",
-        "Pruning": f"{fractions}; scope {prune.scope}, by {prune.score}",
+        "Pruning": f"{pruning} {prune.scope}, by {prune.score}",
         "Rewinding": f"to {prune.rewind}",
         "Device": f"{run.device}, {run.precision}",
     }  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ticketfind import TicketfindError
+from ticketfind import TicketfindError, patterns
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Candidate:
     shape: tuple[int, ...]
     pruned: bool
     reason: str
+    is_left_whole: bool = False
+    """It could be pruned, but not divided into the blocks of an N:M pattern."""
 
 
 _PRUNED_LAYERS = (
@@ -37,11 +39,14 @@ _RECURRENT_LAYERS = (nn.RNNBase, nn.RNNCellBase)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-def candidates(model: nn.Module, *, only: Sequence[str] = (), skip: Sequence[str] = ()) -> list[Candidate]:
+def candidates(
+    model: nn.Module, *, only: Sequence[str] = (), skip: Sequence[str] = (), block: int | None = None
+) -> list[Candidate]:
     """Every parameter of `model` once (tied ones under their first name), in the model's order.
 
     A tied parameter is pruned only if it can be under each of its names: an embedding stays whole.
-    only, skip: globs over parameter names, of tied ones any. Raises TicketfindError for one that matches no parameter.
+    only, skip: globs over parameter names, of tied ones any. block: of an N:M pattern, which leaves whole what it does
+    not divide. Raises TicketfindError for one that matches no parameter.
     """
     verdicts: dict[int, list[tuple[bool, str]]] = {}
     for module in model.modules():
@@ -70,7 +75,11 @@ def candidates(model: nn.Module, *, only: Sequence[str] = (), skip: Sequence[str
             reason = "matches prune.only" if pruned else "not in prune.only"
         if any(matches(known, skip) for known in names[name]):
             pruned, reason = False, "matches prune.skip"
-        found.append(Candidate(name, tuple(parameter.shape), pruned, reason))
+        left_whole = pruned and block is not None and not patterns.fits(parameter.shape, block)
+        if left_whole:
+            inputs = parameter.shape[1] if parameter.ndim > 1 else 1
+            pruned, reason = False, f"left whole: its number of inputs, {inputs}, is no multiple of {block}"
+        found.append(Candidate(name, tuple(parameter.shape), pruned, reason, left_whole))
     return found
 
 

@@ -89,6 +89,20 @@ def rewind(value: Any) -> Any:
         raise ValueError("0it, an iteration (500it), an epoch (2ep), a share (2%) or lr") from None
 
 
+def pattern(scope: str) -> tuple[int, int] | None:
+    """(2, 4) of ``2:4``; None of a scope that is no N:M pattern."""
+    match = re.fullmatch(r"([1-9]\d?):([1-9]\d?)", scope)
+    found = None if match is None else (int(match[1]), int(match[2]))
+    return found if found and found[0] < found[1] else None
+
+
+def scope(value: Any) -> str:
+    """``layer``, ``global`` or ``N:M``."""
+    if value not in ("layer", "global") and (not isinstance(value, str) or pattern(value) is None):
+        raise ValueError("one of layer, global, or N:M (2:4 keeps two of each four weights along the inputs)")
+    return str(value)
+
+
 def text(value: Any) -> str:
     """A text that is not empty."""
     if not isinstance(value, str) or not value:
@@ -163,6 +177,7 @@ def or_null(read: Reader) -> Reader:
 open_fraction = number(
     0, 1, "a fraction between 0 and 1 (0.2 prunes a fifth of what is left)", open_low=True, open_high=True
 )
+share = number(0, 1, "a number above 0, up to 1", open_low=True)
 below_one = number(0, 1, "a fraction from 0 up to, but not including, 1", open_high=True)
 positive = number(0, math.inf, "a number above 0", open_low=True)
 not_negative = number(0, math.inf, "a number of at least 0")

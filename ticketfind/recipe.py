@@ -24,6 +24,15 @@ def _key(read: Reader, default: Any) -> Any:
 
 # ---------------------------------------------------------------------------------------------- the keys
 
+SCORE_NAMES = (
+    "magnitude", "small_final", "large_init", "small_init", "large_init_large_final", "small_init_small_final",
+    "magnitude_increase", "movement", "path_length", "magnitude_per_layer", "movement_per_layer",
+    "path_length_per_layer", "random", "snip", "grasp", "synflow",
+)  # fmt: skip
+"""What `scores.SCORES` has."""
+BEFORE_TRAINING = ("snip", "grasp", "synflow")
+"""Those that ask the network, and not its training."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
@@ -116,12 +125,21 @@ class Prune:
     """Prunings (the dense training, round 0, comes before the first); null: until `until` only."""
     until: float | None = _key(readers.or_null(readers.remaining), None)
     """Stop once the weights remaining are at or below this."""
-    scope: str = _key(readers.choice("layer", "global"), "global")
-    """layer: each tensor loses its fraction; global: one ranking over all tensors of a glob in `fraction`."""
-    score: str = _key(
-        readers.choice_or_code("magnitude", "random", "movement", "magnitude_increase", "large_init"), "magnitude"
-    )
-    """What is kept: the highest of this score; or module:fn(trained, initial) -> scores."""
+    scope: str = _key(readers.scope, "global")
+    """layer: each tensor loses its fraction; global: one ranking over all tensors of a glob in `fraction`; N:M (2:4):
+    N of each M consecutive weights along a layer's inputs are kept, one of each M goes in a round, by no fraction."""
+    score: str = _key(readers.choice_or_code(*SCORE_NAMES), "magnitude")
+    """What is kept: the highest of this score; or module:fn(trained, initial) -> scores. See docs/guide.md."""
+    every: Duration | None = _key(readers.or_null(readers.length), None)
+    """Prune on the way, after each so many iterations of a training that is there for the mask alone; null: prune once,
+    at the end of a round's training."""
+    mask_stop: float | None = _key(readers.or_null(readers.share), None)
+    """End a training that is there for the mask alone once the masks of two evaluations in a row agree as much (Cohen's
+    kappa over the weights left); null: masks are drawn from the full trainings."""
+    ahead: tuple[int, ...] = _key(readers.list_of(readers.whole(1), "a list of numbers of rounds"), [1])
+    """How many rounds' masks a training draws, training after training; the last number goes on."""
+    until_fails: bool = _key(readers.flag, False)
+    """Measure no round that is sparser than one that does not match."""
     rewind: "Duration | str | None" = _key(readers.or_null(readers.rewind), None)
     """Where the survivors go back to; lr: learning-rate rewinding; null: 0it for a checkpoint, else 2 %."""
     only: tuple[str, ...] = _key(readers.list_of(readers.text, "a list of globs"), [])
@@ -202,6 +220,14 @@ class Recipe:
                 f"prune.rewind: expected an iteration before the end of the training ({lengths.total}),"
                 f" found {int(rewind)}"
             )
+        every = None if self.prune.every is None or not lengths.known else lengths.at(self.prune.every)
+        if every is not None and not 1 <= int(every) <= lengths.total - (
+            int(rewind) if isinstance(rewind, Duration) else 0
+        ):
+            faults.append(
+                f"prune.every: expected 1 to the {lengths.total} iterations of a round, found {self.prune.every}"
+                f" = {int(every)} iterations"
+            )
         warmup = lengths.at(self.train.warmup)
         if lengths.total and int(warmup) > lengths.total:
             faults.append(
@@ -219,7 +245,7 @@ class Recipe:
                 eval_every=Duration(max(1, int(lengths.at(self.train.eval_every)))),
                 milestones=tuple(map(lengths.at, self.train.milestones)),
             ),
-            prune=dataclasses.replace(self.prune, rewind=rewind),
+            prune=dataclasses.replace(self.prune, rewind=rewind, every=every),
             run=dataclasses.replace(self.run, device=device),
         )
 
@@ -295,8 +321,10 @@ def _rewind(recipe: Recipe, lengths: _Lengths) -> Duration | str:
 def _contradictions(recipe: Recipe) -> Iterator[str]:
     """Faults that need no look at the data."""
     model, train, prune, run = recipe.model, recipe.train, recipe.prune, recipe.run
-    if prune.rounds is None and prune.until is None:
+    if prune.rounds is None and prune.until is None and not readers.pattern(prune.scope):
         yield "prune.rounds: expected a number where prune.until is not given, found null"
+    if prune.until is not None and readers.pattern(prune.scope):
+        yield f"prune.until: expected null with scope {prune.scope}, which says how much is left, found {prune.until:g}"
     if train.momentum and train.optimizer != "sgd":
         yield f"train.momentum: expected 0 for {train.optimizer}, found {train.momentum:g}"
     if bool(train.milestones) != (train.schedule == "step"):
@@ -304,6 +332,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             f"train.milestones: expected with schedule step, and only there, found {len(train.milestones)}"
             f" with schedule {train.schedule}"
         )
+    yield from _drawing_contradictions(prune, train)
     if train.metric and run.replicates == 1 and run.tolerance is None:
         yield "run.tolerance: expected a number, as one replicate of a metric of your own has no spread, found null"
     for key, file in (("checkpoint", model.checkpoint), ("trained", model.trained)):
@@ -320,6 +349,25 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             )
         if isinstance(prune.rewind, Duration) and prune.rewind.amount:
             yield f"prune.rewind: expected 0it or lr, as model.trained shows no iteration between, found {prune.rewind}"
+
+
+def _drawing_contradictions(prune: Prune, train: Train) -> Iterator[str]:
+    if prune.every is not None and prune.mask_stop is not None:
+        yield "prune.mask_stop: expected null beside prune.every, found both"
+    if prune.every is not None and readers.pattern(prune.scope):
+        yield f"prune.every: expected null with the pattern {prune.scope}, found {prune.every}"
+    if prune.every is not None and prune.score in BEFORE_TRAINING:
+        yield f"prune.every: expected null with {prune.score}, which looks at no training, found {prune.every}"
+    if not prune.ahead:
+        yield "prune.ahead: expected at least one number of rounds, found none"
+    if prune.ahead != (1,) and (prune.every is not None or prune.mask_stop is not None or prune.rewind == "lr"):
+        yield "prune.ahead: expected [1] beside prune.every, prune.mask_stop and rewind lr, found others"
+    if train.is_external:
+        asked = {"prune.every": prune.every, "prune.mask_stop": prune.mask_stop}
+        for key in (key for key, value in asked.items() if value is not None):
+            yield f"{key}: expected null, as a training of your own is not looked at on its way, found {asked[key]}"
+        if prune.score in (*BEFORE_TRAINING, "path_length", "path_length_per_layer"):
+            yield f"prune.score: expected one of a training's ends, as the training is your own, found {prune.score}"
 
 
 def _external_contradictions(recipe: Recipe) -> Iterator[str]:

@@ -1,18 +1,18 @@
 """A run's report: what its log, its evaluations and its weights say, as charts, as claims, and as a page. No torch."""
 
+import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ticketfind import TicketfindError, __version__, charts, claims, figures, files, movement, page, results
-from ticketfind.claims import Evaluated
-from ticketfind.layers import to_yaml
-from ticketfind.movement import Movement
-from ticketfind.recipe import Recipe
+from ticketfind import TicketfindError, __version__, beside, charts, claims, figures, files, movement, page, results
+from ticketfind.claims import Evaluated, Findings
+from ticketfind.layers import differences, to_yaml
+from ticketfind.recipe import Recipe, Run
 from ticketfind.results import Round, Spread, Stats
 from ticketfind.rundir import RunDir
 
@@ -28,31 +28,30 @@ class Written:
     """What is not in it, and why."""
 
 
-def write(run: RunDir, out: Path | None = None) -> Written:
+def write(run: RunDir, out: Path | None = None, other: RunDir | None = None) -> Written:
     """Write the report on a run, finished or not, and its figures: in the run directory, or as `out` and beside it.
 
-    Raises TicketfindError where no round has finished, a file is not as ticketfind writes it, or matplotlib is missing.
+    other: the same search with another dropout rate, for the claim that needs both. Raises TicketfindError where no
+    round has finished, a file is not as ticketfind writes it, `other` is another search, or matplotlib is missing.
     """
     figures.check_matplotlib()
-    recipe, log = run.recipe(), run.log()
-    rounds = results.rounds_of(log, replicates=recipe.run.replicates, given_tolerance=recipe.run.tolerance)
-    if not rounds:
-        raise TicketfindError(f"{run.path}: no round has finished; ticketfind search goes on with it")
-    if not all(_is_usable(value) for r in rounds for part in _parts(r.stats) for value in part.values):
-        raise TicketfindError(f"{run.log_file}: expected accuracies and iterations, found larger numbers")
+    recipe, log, rounds = run.recipe(), run.log(), _rounds(run)
     found, verdicts = evaluations(run)
     chosen = results.winner_of(rounds) or rounds[-1]
     weights = movement.of_run(run, chosen.round or 1, _best_first(chosen))
-    judged = claims.of_run(_findings(run, recipe, rounds, log, found, weights))
+    judged = claims.of_run(_findings(run, found, weights.means))
+    if other is not None:
+        judged = [claim if claim.number != 11 else _dropout(run, other) for claim in judged]
     planned = [*charts.of_run(recipe, rounds, log, found, weights, chosen)]
     folder = run.figures_folder if out is None else out.with_name(f"{out.stem}-figures")
+    root = run.path if out is None else None
     drawn, written = [], []
     for chart in planned:
         svg, png = figures.render(chart)
         drawn.append((chart, svg))
         written += [folder / f"{chart.name}.svg", folder / f"{chart.name}.png"]
-        files.write_text(written[-2], svg)
-        with files.whole(written[-1]) as temporary:
+        files.write_text(written[-2], svg, root)
+        with files.whole(written[-1], root) as temporary:
             temporary.write_bytes(png)
     path = out or run.report_file
     text = page.html(
@@ -70,8 +69,18 @@ def write(run: RunDir, out: Path | None = None) -> Written:
             versions={"report written by": f"ticketfind {__version__}", **_versions(run)},
         )
     )
-    files.write_text(path, text)
+    files.write_text(path, text, root)
     return Written(path, written, judged, weights.notes)
+
+
+def _rounds(run: RunDir) -> list[Round]:
+    recipe = run.recipe()
+    rounds = results.rounds_of(run.log(), replicates=recipe.run.replicates, given_tolerance=recipe.run.tolerance)
+    if not rounds:
+        raise TicketfindError(f"{run.path}: no round has finished; ticketfind search goes on with it")
+    if not all(_is_usable(value) for r in rounds for part in _parts(r.stats) for value in part.values):
+        raise TicketfindError(f"{run.log_file}: expected accuracies and iterations, found larger numbers")
+    return rounds
 
 
 def _best_first(chosen: Round) -> list[int]:
@@ -154,23 +163,48 @@ def _stats(given: Any, where: str) -> Stats:
 # ------------------------------------------------------------------------------------------------ claims
 
 
-def _findings(
-    run: RunDir,
-    recipe: Recipe,
-    rounds: Sequence[Round],
-    log: Sequence[Mapping[str, Any]],
-    found: Sequence[Evaluated],
-    weights: Movement,
-) -> claims.Findings:
+def _findings(run: RunDir, found: Sequence[Evaluated] = (), moved: Sequence[tuple[float, float]] = ()) -> Findings:
+    log, rounds, recipe = run.log(), _rounds(run), run.recipe()
     sizes = [line["test_size"] for line in log if isinstance(line.get("test_size"), int)]
     iterations = [x for curve, _ in charts.curves(log, 0)[:1] for x in curve]
-    return claims.Findings(
+    return Findings(
         rounds=rounds,
         evaluated=found,
-        movement=weights.means,
+        movement=moved,
         tolerance=results.tolerance(rounds[0].stats, recipe.run.tolerance, sizes[0] if sizes else None),
         test_size=sizes[0] if sizes else None,
         step=max((b - a for a, b in itertools.pairwise(iterations)), default=1),
         last=iterations[-1] if iterations else None,
         run=str(run.path),
     )
+
+
+def _dropout(run: RunDir, other: RunDir) -> claims.Claim:
+    """Claim 11 of a run and the same search without dropout, whichever is which.
+
+    Raises TicketfindError where they differ in more than that.
+    """
+    rates = [_rate(each.recipe()) for each in (run, other)]
+    if differing := [*differences(_without_dropout(run.recipe()), _without_dropout(other.recipe()))]:
+        raise TicketfindError(
+            f"{other.path}: expected the search of {run.path} with another dropout rate and nothing else that differs,"
+            f" found {'; '.join(differing)}"
+        )
+    if all(rates) or not any(rates):
+        raise TicketfindError(
+            f"{other.path}: expected dropout (model.args {' or '.join(beside.RATES)}) in one of the two runs, none"
+            f" in the other, found {rates[0]:g} in {run.path} and {rates[1]:g} here"
+        )
+    dropped, plain = (run, other) if rates[0] else (other, run)
+    return beside.dropout_adds_up(_findings(dropped), _findings(plain), max(rates))
+
+
+def _rate(recipe: Recipe) -> float:
+    given = [recipe.model.args[name] for name in beside.RATES if name in recipe.model.args]
+    return float(given[0]) if given and results.is_finite(given[0]) else 0.0
+
+
+def _without_dropout(recipe: Recipe) -> Recipe:
+    """A recipe but for its dropout rate, its name and what is no part of the question."""
+    args = {name: value for name, value in recipe.model.args.items() if name not in beside.RATES}
+    return dataclasses.replace(recipe, name="", model=dataclasses.replace(recipe.model, args=args), run=Run())

@@ -152,12 +152,14 @@ def rounds_of(log: Sequence[Line], *, replicates: int, given_tolerance: float | 
     rounds: list[Round] = []
     dense: Stats | None = None
     allowed, left = 0.0, set(range(min(replicates, max(map(len, by_round.values()), default=0) + 1)))
-    for number in range(len(by_round)):
-        lines = by_round.get(number, {})
+    for number, lines in sorted(by_round.items()):
         failed = {r: str(lines[r]["failed"]) for r in sorted(left & lines.keys()) if "failed" in lines[r]}
-        if not left <= lines.keys() or left == failed.keys():
-            break
+        is_finished = left <= lines.keys()
         left -= failed.keys()
+        if not left or (dense is None and number > 0):
+            break
+        if not is_finished:
+            continue
         here = {r: _measured(lines[r]) for r in sorted(left)}
         first = lines[min(left)]
         stats = Stats.of([*here.values()])

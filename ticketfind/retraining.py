@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ticketfind import TicketfindError, experiments, results, student
+from ticketfind.arms import Arm, Task
 from ticketfind.course import Failed
 from ticketfind.forks import Tick
 from ticketfind.recipe import Train
 from ticketfind.ticket import Ticket
-from ticketfind.train import Arm, Task, fit
+from ticketfind.train import fit
 
 
 @dataclass(frozen=True)

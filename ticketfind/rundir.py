@@ -50,6 +50,11 @@ class RunDir:
         return self.path / "log.jsonl"
 
     @property
+    def drawn_file(self) -> Path:
+        """One line per finished training that was there for the next mask alone."""
+        return self.path / "drawn.jsonl"
+
+    @property
     def lock_file(self) -> Path:
         """Held by the search that writes here."""
         return self.path / ".lock"
@@ -131,39 +136,30 @@ class RunDir:
 
     def log(self) -> list[dict[str, Any]]:
         """The finished (round, replicate) trainings; a torn last line counts as not written."""
-        file = self.log_file
-        if not file.is_file():
-            return []
-        entries = []
-        for number, line in enumerate(_lines(file), 1):
-            try:
-                entry = read_json(line)
-            except ValueError:
-                entry = None
-            if isinstance(entry, dict) and type(entry.get("round")) is int and type(entry.get("replicate")) is int:
-                entries.append(entry)
-            else:
-                found = line[:60].decode(errors="replace").strip()
-                raise TicketfindError(
-                    f"{file}, line {number}: expected a JSON object of a finished training, found {found!r}"
-                )
-        return entries
+        return _entries(self.log_file)
 
-    def append(self, entry: Mapping[str, Any]) -> None:
-        """Add one finished training to the log, on disk when this returns."""
-        file = self.log_file
+    def drawn(self) -> list[dict[str, Any]]:
+        """Those that were there for the next mask alone, with their `iterations`."""
+        return _entries(self.drawn_file)
+
+    def append(self, entry: Mapping[str, Any], log: Path | None = None) -> None:
+        """Add one finished training to a log (`log_file` unless given), on disk when this returns."""
+        file = log or self.log_file
         _drop_torn_line(file)
         try:
-            with file.open("a", encoding="utf-8") as log:
-                log.write(json.dumps(entry, allow_nan=False) + "\n")
-                log.flush()
-                os.fsync(log.fileno())
+            is_new = not file.exists()
+            with file.open("a", encoding="utf-8") as opened:
+                opened.write(json.dumps(entry, allow_nan=False) + "\n")
+                opened.flush()
+                os.fsync(opened.fileno())
+            if is_new:
+                files.sync_entries(self.path)
         except OSError as error:
             raise TicketfindError(f"{file}: cannot write: {error.strerror}") from error
 
     def finish(self) -> None:
         """Mark the search as over."""
-        files.write_text(self.finished_file, "")
+        files.write_text(self.finished_file, "", root=self.path)
 
     @property
     def is_finished(self) -> bool:
@@ -177,16 +173,42 @@ class RunDir:
         return from_layers(read_layer(self.recipe_file), where=str(self.recipe_file))
 
 
+def _entries(file: Path) -> list[dict[str, Any]]:
+    """The entries of a log of trainings; a torn last line counts as not written."""
+    if not file.is_file():
+        return []
+    entries = []
+    for number, line in enumerate(_lines(file), 1):
+        try:
+            entry = read_json(line)
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict) and type(entry.get("round")) is int and type(entry.get("replicate")) is int:
+            entries.append(entry)
+        else:
+            found = line[:60].decode(errors="replace").strip()
+            raise TicketfindError(
+                f"{file}, line {number}: expected a JSON object of a finished training, found {found!r}"
+            )
+    return entries
+
+
 def _lines(file: Path) -> Iterator[bytes]:
     """The whole lines of a log. Raises TicketfindError where they would take much more memory than the file."""
-    size, cost = file.stat().st_size, 0
-    with file.open("rb") as log:
-        while line := log.readline(MOST_LINE + 1):
-            cost += json_cost(line)
-            if cost > 3 * size + SPARE or len(line) > MOST_LINE:
-                raise TicketfindError(f"{file}: expected lines as a search writes them, found them with too much in")
-            if line.endswith(b"\n"):
-                yield line
+    cost = 0
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as log:
+            while line := log.readline(MOST_LINE + 1):
+                cost += json_cost(line)
+                if cost > 3 * size + SPARE or len(line) > MOST_LINE:
+                    raise TicketfindError(
+                        f"{file}: expected lines as a search writes them, found them with too much in"
+                    )
+                if line.endswith(b"\n"):
+                    yield line
+    except OSError as error:
+        raise TicketfindError(f"{file}: cannot read: {error.strerror}") from error
 
 
 def _drop_torn_line(file: Path) -> None:
@@ -244,7 +266,7 @@ def _names(path: Path, suffix: str = "") -> Iterator[Path]:
 def sole_writer(run: RunDir) -> Iterator[None]:
     """Hold the run's directory. Raises TicketfindError where another process does; the hold ends with its process."""
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
+        files.make_folder(run.path)
         lock = run.lock_file.open("w")
     except OSError as error:
         raise TicketfindError(f"{run.path}: cannot write: {error.strerror}") from error
@@ -258,7 +280,8 @@ def sole_writer(run: RunDir) -> Iterator[None]:
             pass  # a file system without locks
         for folder in (run.path, *map(run.path.joinpath, _FOLDERS)):
             files.sweep(folder)
-        _drop_torn_line(run.log_file)
+        for log in (run.log_file, run.drawn_file):
+            _drop_torn_line(log)
         yield
 
 
@@ -284,7 +307,7 @@ def forget_unstarted(run: RunDir) -> None:
     """Remove what the search wrote, if there is nothing in it to go on from: one that fails at once leaves nothing."""
     if any("failed" not in line for line in run.log()) or run.state_folder.exists():
         return
-    for file in (run.recipe_file, run.log_file, run.lock_file):
+    for file in (run.recipe_file, run.log_file, run.drawn_file, run.lock_file):
         file.unlink(missing_ok=True)
     for folder in (*map(run.path.joinpath, _FOLDERS), run.arms_folder):
         shutil.rmtree(folder, ignore_errors=True)

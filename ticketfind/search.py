@@ -2,27 +2,26 @@
 
 import dataclasses
 import json
-import math
-from collections.abc import Generator, Mapping, Sequence, Set
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
-
 from ticketfind import TicketfindError, contents, invariants, masks, prunable, results, rundir
-from ticketfind.batches import derived_seed
+from ticketfind.arms import Arm, Outcome, State, Task
 from ticketfind.connection import is_disconnected
 from ticketfind.course import Failed, Point
 from ticketfind.devices import Way
-from ticketfind.masks import Masks, ScoreFn
-from ticketfind.readers import Duration
+from ticketfind.drawing import Drawing
+from ticketfind.masks import Masks
+from ticketfind.plan import Plan
 from ticketfind.recipe import Recipe
 from ticketfind.rundir import RunDir
+from ticketfind.scores import Score
 from ticketfind.snapshots import Snapshots
 from ticketfind.tensorfile import read_tensors, save_tensors
-from ticketfind.train import Arm, Outcome, State, Task, check_memory, fit, judge
+from ticketfind.train import check_memory, fit, judge
 
 
 class Watch(Protocol):
@@ -44,78 +43,7 @@ class Watch(Protocol):
         """Something that the user should know."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a search will do, known before any training."""
-
-    candidates: list[prunable.Candidate]
-    groups: list[masks.Group]
-    kept: list[int]
-    """Weights kept in each round, the dense round 0 first."""
-    rewind: int
-    """Iteration that survivors go back to; with learning-rate rewinding 0, where the schedule starts over."""
-    moves: bool
-    """Learning-rate rewinding: each round starts from the last one's trained weights."""
-    iterations: list[int]
-    """Iterations of each round, of one replicate."""
-    measured: int
-    """Rounds that are measured, the dense one included: all, but that a one-shot mask from weights that are trained
-    already is drawn and no more."""
-
-    memory: int
-    """Bytes of weights, gradients, optimizer state and masks of the trainings that run at once."""
-    disk: int
-    """Bytes of the finished run."""
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Prunable parameters and their shapes."""
-        return {c.name: c.shape for c in self.candidates if c.pruned}
-
-
-def weights_kept(recipe: Recipe, candidates: list[prunable.Candidate]) -> tuple[list[masks.Group], list[int]]:
-    """What is ranked together, and the weights kept in each round, the dense round 0 first."""
-    settings = recipe.prune
-    prunable.check_globs(settings.fraction, [c.name for c in candidates], "prune.fraction")
-    sizes = {c.name: math.prod(c.shape) for c in candidates if c.pruned}
-    groups = masks.make_groups(list(sizes), settings.fraction, settings.scope)
-    return groups, masks.plan(sizes, groups, settings.rounds, settings.until)
-
-
-def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
-    """The plan of a resolved recipe. Raises TicketfindError where nothing is left to prune."""
-    settings = recipe.prune
-    candidates = prunable.candidates(model, only=settings.only, skip=settings.skip)
-    if not any(c.pruned for c in candidates):
-        raise TicketfindError(
-            f"model {recipe.model.spec!r}: expected a parameter to prune, found none; ticketfind inspect MODEL says why"
-        )
-    groups, kept = weights_kept(recipe, candidates)
-    if len(kept) < 2:
-        raise TicketfindError(
-            "prune.fraction: expected to prune a weight in the first round, found that it prunes none"
-        )
-    moves = settings.rewind == "lr"
-    rewind = int(settings.rewind) if isinstance(settings.rewind, Duration) else 0
-    total = int(recipe.train.iterations)
-    iterations = [total] + [max(1, total - rewind)] * (len(kept) - 1)
-    measured = len(kept)
-    if recipe.model.trained:
-        iterations[0] = 0
-        if settings.rounds == 1:
-            iterations[1], measured = 0, 1
-    parameters, replicates = sum(math.prod(c.shape) for c in candidates), recipe.run.replicates
-    at_once = min(recipe.run.arms_at_once or 1, replicates)
-    optimizer_slots = 2 if recipe.train.optimizer != "sgd" else int(recipe.train.momentum > 0)
-    memory = 4 * at_once * (parameters * (2 + optimizer_slots) + kept[0])
-    starts = replicates * (len(kept) if moves else 1)
-    disk = 4 * parameters * (starts + replicates + 1) + kept[0] * (replicates * (len(kept) - 1) + 1)
-    if recipe.train.command is not None:  # what it writes is kept, see commands.by_command
-        disk += 4 * parameters * replicates * (measured + (rewind > 0))
-    return Plan(candidates, groups, kept, rewind, moves, iterations, measured, memory, disk)
-
-
-def search(recipe: Recipe, task: Task, run: RunDir, plan: Plan, score: ScoreFn, watch: Watch) -> list[results.Round]:
+def search(recipe: Recipe, task: Task, run: RunDir, plan: Plan, score: Score, watch: Watch) -> list[results.Round]:
     """Run (or go on with) the search of a resolved recipe in `run`; its finished rounds.
 
     Each (round, replicate) is on disk before the next begins; the winner's ticket is written at the end.
@@ -124,10 +52,12 @@ def search(recipe: Recipe, task: Task, run: RunDir, plan: Plan, score: ScoreFn, 
     with rundir.sole_writer(run):
         is_new = rundir.begin(run, recipe)
         snapshots = Snapshots(run.state_folder, recipe.run.snapshot, run.check)
+        drawing = Drawing(score, task, recipe.train, plan.groups, plan.shapes)
         try:
-            return _Job(recipe, task, run, plan, score, watch, snapshots).rounds()
-        except TicketfindError:
-            if is_new:
+            return _Job(recipe, task, run, plan, drawing, watch, snapshots).rounds()
+        except Exception as error:
+            run.check()  # a directory that has gone is the better reason, whatever it has led to
+            if is_new and isinstance(error, TicketfindError):
                 rundir.forget_unstarted(run)
             raise
 
@@ -140,37 +70,113 @@ class _Job:
     task: Task
     run: RunDir
     plan: Plan
-    score: ScoreFn
+    drawing: Drawing
     watch: Watch
     snapshots: Snapshots
 
     def rounds(self) -> list[results.Round]:
-        plan, run = self.plan, self.run
-        log = run.log()
-        over, failed = {(line["round"], line["replicate"]) for line in log}, {}
-        for line in log:
-            if "failed" in line:
-                failed[line["replicate"]] = line["round"]
-        self.watch.begin(*self.iterations(over, failed))
-        for round in range(plan.measured):
-            alive = [r for r in range(self.recipe.run.replicates) if failed.get(r, round) >= round]
-            todo = self.todo(alive, {r for r in alive if (round, r) in over})
-            arms = [self.arm(round, replicate) for replicate in todo]
-            with closing(self.train(round, arms)) as trained:
-                for replicate, (arm, outcome) in zip(todo, trained, strict=True):
-                    if (round, replicate) not in over:
-                        if isinstance(outcome, Failed):
-                            failed[replicate] = round
-                        self.finish(round, replicate, arm, outcome)
-            self.snapshots.clear(round)
-            finished = contents.finished_rounds(run, self.recipe)[round:]
-            if not finished:
+        self.watch.begin(*self.iterations())
+        for round in self.order():
+            self.measure(round)
+            if not self.alive(round + 1):
                 self.none_left(round)
                 break
-            rundir.make_latest(run)
-            self.watch.round(finished[0])
-            self.look_at(finished[0])
+            finished = self.measured(round)
+            rundir.make_latest(self.run)
+            self.watch.round(finished)
+            self.look_at(finished)
         return self.end()
+
+    def order(self) -> Iterator[int]:
+        """The rounds in the order in which they are measured: first those that draw masks, as far as they are needed,
+        then the others, all of them or those in between a round that matches and one that does not."""
+        yield 0
+        for round in self.plan.drawn:
+            self.draw(round)
+        rounds, until_fails = range(1, self.plan.measured), self.recipe.prune.until_fails
+        drawing = [] if self.plan.drawn else [round for round in rounds if round in self.plan.ahead]
+        for round in drawing:
+            yield round
+            if until_fails and not self.is_matching(round):
+                break
+        if not until_fails:
+            yield from (round for round in rounds if round not in drawing)
+            return
+        seen = {round for round in rounds if self.finished(round)}
+        yield from sorted(seen.difference(drawing))  # of an earlier process
+        matching = max((round for round in seen if self.is_matching(round)), default=0)
+        failing = min((round for round in seen if round > matching), default=len(rounds) + 1)
+        while failing - matching > 1:
+            round = (matching + failing) // 2
+            yield round
+            seen.add(round)
+            matching, failing = (round, failing) if self.is_matching(round) else (matching, round)
+        self.watch.skip(sum(self.plan.iterations[round] * len(self.alive(round)) for round in {*rounds} - seen))
+
+    def is_matching(self, round: int) -> bool:
+        """Whether a round is finished, and matches."""
+        finished = self.finished(round)
+        return finished is not None and finished.matching
+
+    def measure(self, round: int) -> None:
+        """Train what is not yet trained of a round, in full; it draws the next mask, if none does it apart."""
+        alive, over = self.alive(round), self.over(round)
+        todo = self.todo(alive, over)
+        arms = [self.arm(round, replicate) for replicate in todo]
+        with closing(self.train(round, arms)) as trained:
+            for replicate, (arm, outcome) in zip(todo, trained, strict=True):
+                if replicate not in over:
+                    self.finish(round, replicate, arm, outcome)
+        self.snapshots.clear(round)
+
+    def draw(self, round: int) -> None:
+        """Train for the mask of the next round and nothing else."""
+        alive = self.alive(round)
+        over = {line["replicate"] for line in self.run.drawn() if line["round"] == round}
+        todo = self.todo(alive, over)
+        arms = [self.arm(round, replicate, for_mask=True) for replicate in todo]
+        trainings = self.drawing.trainings(
+            arms, self.initial, self.recipe.prune, way=Way.of(self.recipe.run), tick=self.watch.tick,
+            note=self.watch.note,
+        )  # fmt: skip
+        with closing(trainings) as trained:
+            for replicate, (arm, outcome) in zip(todo, trained, strict=True):
+                if replicate in over:
+                    continue
+                self.run.check()
+                if isinstance(outcome, Failed):
+                    self.fail(round, replicate, arm, outcome)
+                    continue
+                done = outcome.points[-1].iteration - arm.first
+                self.watch.skip(self.plan.iterations[round] - done)
+                self.keep(round, replicate, arm, outcome)
+                line = {"round": round, "replicate": replicate, "iterations": done}
+                self.run.append({**line, "accuracy_end": outcome.measured.accuracy_end}, self.run.drawn_file)
+
+    def finished(self, round: int) -> results.Round | None:
+        """A round that is finished, with a replicate left."""
+        rounds = contents.finished_rounds(self.run, self.recipe)
+        return next((each for each in rounds if each.round == round), None)
+
+    def measured(self, round: int) -> results.Round:
+        """The same of one that this search has finished. Raises TicketfindError where the log no longer has it."""
+        self.run.check()
+        finished = self.finished(round)
+        if finished is None:
+            raise TicketfindError(
+                f"{self.run.log_file}: expected all of round {round}, found less: lines of this search have gone;"
+                " put the file back, and the same command goes on"
+            )
+        return finished
+
+    def alive(self, round: int) -> list[int]:
+        """Replicates that have not failed before a round."""
+        failed = {line["replicate"]: line["round"] for line in self.run.log() if "failed" in line}
+        return [r for r in range(self.recipe.run.replicates) if failed.get(r, round) >= round]
+
+    def over(self, round: int) -> set[int]:
+        """Replicates whose training in a round is over, if only because it failed."""
+        return {line["replicate"] for line in self.run.log() if line["round"] == round}
 
     def todo(self, alive: Sequence[int], over: set[int]) -> list[int]:
         """Replicates to train. Of those that are trained in step all, or none: their numbers may depend on it."""
@@ -178,35 +184,41 @@ class _Job:
         groups = [alive[first : first + in_step] for first in range(0, len(alive), in_step)]
         return [r for group in groups if not over.issuperset(group) for r in group]
 
-    def iterations(self, over: Set[tuple[int, int]], failed: Mapping[int, int]) -> tuple[int, int]:
+    def iterations(self) -> tuple[int, int]:
         """Those of the whole search, as far as is known, and those done."""
         total = done = 0
         for round, count in enumerate(self.plan.iterations):
-            alive = [r for r in range(self.recipe.run.replicates) if failed.get(r, round) >= round]
+            alive = self.alive(round)
             total += count * len(alive)
             if round < self.plan.measured:
-                todo = self.todo(alive, {r for r in alive if (round, r) in over})
+                todo = self.todo(alive, self.over(round))
                 done += count * (len(alive) - len(todo)) + self.snapshots.done(round, todo)
+            if round in self.plan.drawn:
+                own = [line["iterations"] for line in self.run.drawn() if line["round"] == round]
+                total += count * (len(alive) - len(own)) + sum(own)
+                done += sum(own)
         return total, done
 
     def end(self) -> list[results.Round]:
         """Write the winner, or the one ticket that is drawn and not trained; the finished rounds."""
         plan, run = self.plan, self.run
-        run.check()
+        self.measured(0)
         rounds = contents.finished_rounds(run, self.recipe)
         winner = results.winner_of(rounds)
         if winner is not None:
-            contents.load(run, winner.round, winner.best_replicate).save(run.ticket_file)
+            ticket = contents.load(run, winner.round, winner.best_replicate)
+            ticket.save(run.ticket_file, root=run.path)
         elif plan.measured < len(plan.kept):
-            contents.load(run, plan.measured, rounds[0].replicates[0]).save(run.ticket_file)
+            ticket = contents.load(run, plan.measured, rounds[0].replicates[0])
+            ticket.save(run.ticket_file, root=run.path)
         run.finish()
         return rounds
 
     def none_left(self, round: int) -> None:
         """Every replicate has failed. Raises TicketfindError where there is no round before."""
-        reason = self.run.log()[-1]["failed"]
         if round == 0:
-            raise TicketfindError(f"every replicate failed; the last: {reason}")
+            reasons = [line["failed"] for line in self.run.log() if "failed" in line]
+            raise TicketfindError(f"every replicate failed; the last: {''.join(reasons[-1:])}")
         self.watch.note(f"no replicate is left after round {round}: the search ends with the rounds before it")
 
     def look_at(self, finished: results.Round) -> None:
@@ -215,8 +227,8 @@ class _Job:
         if chance is None or self.task.data is None:
             return
         size = len(self.task.data.test)
-        before = contents.finished_rounds(self.run, self.recipe)[max(0, finished.round - 1)]
-        is_first = finished.round == 0 or not results.is_chance(before.stats, chance, size)
+        before = [r for r in contents.finished_rounds(self.run, self.recipe) if r.round < finished.round]
+        is_first = not before or not results.is_chance(before[-1].stats, chance, size)
         if is_first and results.is_chance(finished.stats, chance, size):
             what = "the dense network has learned nothing" if finished.round == 0 else "nothing is learned any more"
             self.watch.note(
@@ -240,11 +252,16 @@ class _Job:
             note=self.watch.note,
             folder=self.run.arms_folder,
             snapshots=self.snapshots,
+            paths=self.drawing.score.needs_path and bool(self.plan.draws(round)),
         )
 
-    def arm(self, round: int, replicate: int) -> Arm:
-        """Train from initialization in round 0, then from the rewind point under the mask drawn before."""
+    def arm(self, round: int, replicate: int, *, for_mask: bool = False) -> Arm:
+        """Train from initialization in round 0, then (and for a mask alone) from the rewind point, under the mask
+        drawn before."""
         name, seed = f"round {round}, replicate {replicate}", self.recipe.run.seed + replicate
+        if round == 0 and for_mask:
+            start = self.initial(replicate)
+            return Arm(name, start, masks.dense(self.plan.shapes), seed, self.plan.rewind, 0, replicate)
         if round == 0:
             return Arm(name, self.task.start(seed), {}, seed, replicate=replicate)
         self.run.check()
@@ -269,29 +286,49 @@ class _Job:
         """Draw the next round's mask, and put everything about this training on disk; the log line last."""
         self.run.check()
         if isinstance(outcome, Failed):
-            self.watch.note(f"{arm.name}: {outcome.reason}; it ends here, and the other replicates go on")
-            self.watch.skip(sum(self.plan.iterations[round + 1 :]))
-            self.run.append({"round": round, "replicate": replicate, "failed": f"{arm.name}: {outcome.reason}"})
+            self.fail(round, replicate, arm, outcome)
             return
         plan, old = self.plan, arm.masks or masks.dense(self.plan.shapes)
         self.hold(arm, outcome, invariants.of_training(outcome.final, old))
-        start = arm.start
         if round == 0:
+            start = arm.start
             if not plan.moves:
                 assert outcome.kept is not None
                 start = outcome.kept
             about = {"ticketfind": json.dumps(_about_start(arm.start, plan, self.task))}
-            save_tensors(self.start_file(0, replicate), start, about)
-            save_tensors(self.run.trained_file(replicate), outcome.final)
-        if round + 1 < len(plan.kept):
-            initial = read_tensors(self.start_file(0, replicate), "rewind point")[0] if plan.moves else start
-            new = self.prune(round, replicate, old, outcome.final, initial)
-            self.hold(arm, outcome, invariants.of_pruning(new, old, plan.kept[round + 1]))
-            if plan.moves:
-                _, about = read_tensors(self.start_file(0, replicate), "rewind point")
-                save_tensors(self.start_file(round + 1, replicate), outcome.final, about)
-            save_tensors(self.run.mask_file(round + 1, replicate), new)
+            self.save(self.start_file(0, replicate), start, about)
+            self.save(self.run.trained_file(replicate), outcome.final)
+        if plan.draws(round):
+            self.keep(round, replicate, arm, outcome)
         self.run.append(_log_line(round, replicate, old, outcome))
+
+    def keep(self, round: int, replicate: int, arm: Arm, outcome: Outcome) -> None:
+        """Put the next masks on disk; with learning-rate rewinding, the weights too that the next round starts from."""
+        initial, old = self.initial(replicate), arm.masks or masks.dense(self.plan.shapes)
+        rounds = len(self.plan.draws(round)) or 1
+        drawn = (
+            [outcome.masks]
+            if outcome.masks is not None
+            else self.drawing.of_training(arm, initial, outcome.final, outcome.path, rounds=rounds)
+        )
+        for number, new in enumerate(drawn, round + 1):
+            self.hold(arm, outcome, invariants.of_pruning(new, old, self.plan.kept[number], self.plan.groups, number))
+            old = new
+        if self.plan.moves:
+            _, about = read_tensors(self.run.start_file(replicate, 0), "rewind point")
+            self.save(self.start_file(round + 1, replicate), outcome.final, about)
+        for number, new in enumerate(drawn, round + 1):
+            self.save(self.run.mask_file(number, replicate), new)
+
+    def initial(self, replicate: int) -> State:
+        """The weights that scores compare trained ones with: those of the rewind point."""
+        return read_tensors(self.start_file(0, replicate), "rewind point")[0]
+
+    def fail(self, round: int, replicate: int, arm: Arm, outcome: Failed) -> None:
+        """End a replicate here."""
+        self.watch.note(f"{arm.name}: {outcome.reason}; it ends here, and the other replicates go on")
+        self.watch.skip(sum(self.plan.iterations[round + 1 :]))
+        self.run.append({"round": round, "replicate": replicate, "failed": f"{arm.name}: {outcome.reason}"})
 
     def hold(self, arm: Arm, outcome: Outcome, faults: list[str]) -> None:
         """Raise Violated where there are faults, once what there is has been saved."""
@@ -299,18 +336,12 @@ class _Job:
             return
         file = self.run.violated_file(arm.round, arm.replicate)
         parts = {"start": arm.start, "mask": arm.masks, "final": outcome.final}
-        save_tensors(file, {f"{part}/{name}": t for part, state in parts.items() for name, t in state.items()})
+        self.save(file, {f"{part}/{name}": t for part, state in parts.items() for name, t in state.items()})
         raise invariants.Violated.of(arm.name, [*faults[:3], f"its weights and masks are in {file}"])
 
-    def prune(self, round: int, replicate: int, old: Masks, final: State, initial: State) -> Masks:
-        """Score on the training device, keep the highest."""
-        device = self.task.device
-        trained = {name: final[name].to(device) for name in self.plan.shapes}
-        before = {name: initial[name].to(device) for name in self.plan.shapes}
-        seed = derived_seed(self.recipe.run.seed + replicate, "score", round)
-        scores = masks.score(self.score, trained, before, seed=seed)
-        drawn = masks.prune({name: mask.to(device) for name, mask in old.items()}, scores, self.plan.groups)
-        return {name: mask.cpu() for name, mask in drawn.items()}
+    def save(self, file: Path, tensors: State, about: dict[str, str] | None = None) -> None:
+        """Write tensors into the run directory, which is not begun anew where it has gone."""
+        save_tensors(file, tensors, about, root=self.run.path)
 
     def start_file(self, round: int, replicate: int) -> Path:
         """Where the weights that a round starts from are kept."""

@@ -13,9 +13,9 @@ from threading import Thread
 from typing import Any
 
 from ticketfind import TicketfindError, limits
+from ticketfind.arms import Arm
 from ticketfind.course import Snapshot
 from ticketfind.tensorfile import read_metadata, read_tensors, save_tensors
-from ticketfind.train import Arm
 
 SHARE = 0.01
 """Of the time, which snapshots take at most."""
@@ -61,13 +61,15 @@ class Snapshots:
         def write() -> None:
             try:
                 self._check()
-                save_tensors(self._file(arms), taken.tensors, {_KEY: json.dumps(about)})
+                about_it = {_KEY: json.dumps(about)}
+                save_tensors(self._file(arms), taken.tensors, about_it, root=self._folder.parent)
             except TicketfindError as error:
                 self._fault = error
             cost = in_the_way + time.thread_time()  # the thread does nothing else
             self._next = began + max(self._seconds or 0.0, cost / SHARE)
 
-        self._writing = Thread(target=write, name="snapshot")
+        # not waited for by a process that is on its way out; a file half written is swept away by the next search
+        self._writing = Thread(target=write, name="snapshot", daemon=True)
         self._writing.start()
         if now:
             self.settle()

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ticketfind import TicketfindError, masks
+from ticketfind.arms import Arm, Note, State, Task
 from ticketfind.batches import Order, derived_seed
 from ticketfind.course import Failed
 from ticketfind.devices import EAGER, Way
@@ -30,7 +31,7 @@ from ticketfind.readers import duration
 from ticketfind.recipe import Recipe, RecipeError, Run, Train
 from ticketfind.results import Spread
 from ticketfind.ticket import Ticket
-from ticketfind.train import Arm, Note, State, Task, check_memory, fit
+from ticketfind.train import check_memory, fit
 
 POINTS = 30
 """Places on the line, both ends included."""

@@ -14,8 +14,13 @@ from ticketfind import TicketfindError, files
 from ticketfind.limits import MOST_HEADER, MOST_TENSORS, short
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. Raises TicketfindError where that fails, and leaves nothing half written."""
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None, *, root: Path | None = None
+) -> None:
+    """Write a safetensors file. Raises TicketfindError where that fails, and leaves nothing half written.
+
+    root: the folder that must be there, as `files.whole` has it.
+    """
     ready: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, value in tensors.items():
@@ -25,7 +30,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
             value = value.clone(memory_format=torch.contiguous_format)
         storages.add(place)
         ready[name] = value
-    with files.whole(path) as temporary:
+    with files.whole(path, root) as temporary:
         try:
             save_file(ready, temporary, metadata)
         except SafetensorError as error:

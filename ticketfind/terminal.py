@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
@@ -113,6 +114,16 @@ def brief(seconds: float) -> str:
     return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s" if seconds < 60 else duration(seconds)
 
 
+def plural(number: int, what: str) -> str:
+    """``1 round``, ``2 rounds``."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def shape(sides: Sequence[int]) -> str:
+    """``300x784``; a tensor without sides is a scalar."""
+    return "x".join(map(str, sides)) or "scalar"
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Text:
     """A plain table: the first `left` columns to the left, the rest (numbers) to the right."""
     cells = [columns, *([printable(cell.replace("\n", " ")) for cell in row] for row in rows)]
@@ -194,7 +205,8 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
-            self._live.stop()
+            with suppress(OSError):  # a terminal that has gone
+                self._live.stop()
             self._live = None
 
     def begin(self, total: int, done: int) -> None:

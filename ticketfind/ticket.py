@@ -4,7 +4,7 @@ import filecmp
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +16,11 @@ from ticketfind import TicketfindError, files, limits, masks
 from ticketfind.digests import digest
 from ticketfind.limits import short, shown
 from ticketfind.masks import Masks
+from ticketfind.provenance import FORMAT, KEY, Provenance, json_of, provenance_of, read_about
 from ticketfind.tensorfile import read_tensors, save_tensors
 
-FORMAT = 1
 SECTIONS = ("mask", "init")
 """What a file's tensors are called, before a slash and the parameter's name."""
-_KEY = "ticketfind"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Provenance:
-    """Where a ticket comes from: everything in the file's metadata but its layout."""
-
-    recipe: dict[str, Any]
-    """The resolved recipe, as plain values."""
-    round: int
-    """Prunings that the mask has behind it."""
-    replicate: int
-    """Which of the run's replicates."""
-    iteration: int
-    """The iteration of the dense training that `init` was taken at: training starts here."""
-    sigma: dict[str, float]
-    """Per masked parameter, the standard deviation of its initialization (of the checkpoint's weights for one)."""
-    aliases: dict[str, str] = field(default_factory=dict)
-    """Tied parameters: further name -> name of the mask."""
-    claims: dict[str, Any] = field(default_factory=dict)
-    """What the search measured: accuracies as fractions, over the run's replicates."""
-    versions: dict[str, str] = field(default_factory=dict)
-    """ticketfind, torch, python."""
-    checkpoint_dtype: str | None = None
-    """Types of the checkpoint's weights, where the search started from one; `init` has the model's."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +103,12 @@ class Ticket:
         """
         return hold(model, optimizer, self.masks)
 
-    def save(self, path: Path | str, *, layout: str = "full") -> None:
-        """Write the ticket, whole or not at all. layout: "full", or "compact" (bit-packed masks, survivors only)."""
+    def save(self, path: Path | str, *, layout: str = "full", root: Path | None = None) -> None:
+        """Write the ticket, whole or not at all.
+
+        layout: "full", or "compact" (bit-packed masks, survivors only). root: a folder that must be there; None makes
+        all that are missing. Raises TicketfindError where it cannot be written.
+        """
         assert layout in ("full", "compact"), layout
         about = {"format": FORMAT, "layout": layout, "remaining": self.remaining, **asdict(self.about)}
         tensors = {f"init/{name}": value for name, value in self.init.items()}
@@ -145,7 +124,7 @@ class Ticket:
         else:
             tensors |= {f"mask/{name}": mask for name, mask in self.masks.items()}
         about["sha256"] = {section: _digest_of(tensors, section) for section in SECTIONS}
-        save_tensors(Path(path), tensors, {_KEY: json.dumps(about)})
+        save_tensors(Path(path), tensors, {KEY: json.dumps(about)}, root=root)
 
 
 def hold(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Tensor]) -> Callable[[], None]:
@@ -189,7 +168,7 @@ def load_ticket(path: Path | str, *, finite: bool = True) -> Ticket:
     """
     path = Path(path)
     tensors, metadata = read_tensors(path, "ticket")
-    about = _read_about(path, metadata)
+    about = read_about(path, metadata)
     found_masks = {name.removeprefix("mask/"): value for name, value in tensors.items() if name.startswith("mask/")}
     init = {name.removeprefix("init/"): value for name, value in tensors.items() if name.startswith("init/")}
     compact = about["layout"] == "compact"
@@ -203,7 +182,7 @@ def load_ticket(path: Path | str, *, finite: bool = True) -> Ticket:
             raise TicketfindError(f"{path}: init/{name}: expected the mask's shape {tuple(mask.shape)}, found {found}")
     if not any(mask.numel() for mask in found_masks.values()):
         raise TicketfindError(f"{path}: expected masks (mask/...), found none: not a ticket")
-    provenance = _provenance(path, about)
+    provenance = provenance_of(path, about)
     for alias, name in provenance.aliases.items():
         if compact and isinstance(name, str) and name in found_masks:
             init.setdefault(alias, init[name])
@@ -258,7 +237,7 @@ def read_start(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     tensors, metadata = read_tensors(path, "rewind point")
     rest = {"recipe": {}, "round": 0, "replicate": 0, "claims": {}, "versions": {}}
-    about = _provenance(path, {**_json_of(path, metadata), **rest})
+    about = provenance_of(path, {**json_of(path, metadata), **rest})
     return tensors, {key: getattr(about, key) for key in ("iteration", "sigma", "aliases", "checkpoint_dtype")}
 
 
@@ -268,7 +247,7 @@ def changed_sections(path: Path) -> list[str] | None:
     None for a file without hashes, of an earlier version. Raises TicketfindError for a file that is no ticket.
     """
     tensors, metadata = read_tensors(path, "ticket")
-    written = _read_about(path, metadata).get("sha256")
+    written = read_about(path, metadata).get("sha256")
     if not isinstance(written, dict):
         return None
     return [section for section in SECTIONS if written.get(section) != _digest_of(tensors, section)]
@@ -278,85 +257,6 @@ def _digest_of(tensors: Mapping[str, Tensor], section: str) -> str:
     """Of a section's tensors as the file has them, under their own names."""
     own = f"{section}/"
     return digest({name.removeprefix(own): value for name, value in tensors.items() if name.startswith(own)})
-
-
-def _read_about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    about = {"format": None, **_json_of(path, metadata)}
-    if about["format"] is None:
-        raise TicketfindError(f"{path}: expected a format number in the ticketfind metadata")
-    if about["format"] > FORMAT:
-        raise TicketfindError(
-            f"{path}: ticket format {about['format']} is newer than this ticketfind reads ({FORMAT}); upgrade"
-        )
-    if about.get("layout") not in ("full", "compact"):
-        raise TicketfindError(f"{path}: layout: expected full or compact, found {shown(about.get('layout'))}")
-    return about
-
-
-def _json_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    if _KEY not in metadata:
-        raise TicketfindError(f"{path}: expected a ticket, found a safetensors file without ticketfind metadata")
-    try:
-        about = limits.read_json(metadata[_KEY].encode())
-    except ValueError as error:
-        raise TicketfindError(f"{path}: expected JSON in the ticketfind metadata: {error}") from error
-    if not isinstance(about, dict) or ("format" in about and type(about["format"]) is not int):
-        raise TicketfindError(f"{path}: expected a format number in the ticketfind metadata")
-    return about
-
-
-def _provenance(path: Path, about: Mapping[str, Any]) -> Provenance:
-    kinds: dict[str, type] = {
-        **dict.fromkeys(("recipe", "sigma", "aliases", "claims", "versions"), dict),
-        **dict.fromkeys(("round", "replicate", "iteration"), int),
-    }
-    for key, kind in kinds.items():
-        if not isinstance(about.get(key), kind):
-            raise TicketfindError(
-                f"{path}: metadata {key}: expected {kind.__name__}, found {type(about.get(key)).__name__}"
-            )
-        if kind is int and not 0 <= about[key] < 2**63:
-            raise TicketfindError(f"{path}: metadata {key}: expected a count, found {shown(about[key])}")
-    _check_entries(path, about)
-    dtype = about.get("checkpoint_dtype")
-    if dtype is not None and not isinstance(dtype, str):
-        raise TicketfindError(f"{path}: metadata checkpoint_dtype: expected str, found {type(dtype).__name__}")
-    return Provenance(**{key: about[key] for key in kinds}, checkpoint_dtype=dtype)
-
-
-def _check_entries(path: Path, about: Mapping[str, Any]) -> None:
-    """Raise TicketfindError unless the metadata's mappings hold what they should."""
-    for key, name, good in (
-        *(("sigma", name, _is_number(sigma) and sigma >= 0) for name, sigma in about["sigma"].items()),
-        *(("versions", name, isinstance(version, str)) for name, version in about["versions"].items()),
-        *(("claims", name, _is_stats(claim)) for name, claim in about["claims"].items()),
-    ):
-        if not good:
-            found = shown(about[key][name], 60)
-            raise TicketfindError(f"{path}: metadata {key}: expected another value for {short(name)} than {found}")
-    if fault := limits.fault_of(about["recipe"]):
-        raise TicketfindError(f"{path}: metadata recipe: expected a recipe, found {fault}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
-
-
-def _is_stats(value: Any) -> bool:
-    """STATS of docs/json.md, as far as a file has it."""
-    spreads = (
-        [value[key] for key in ("accuracy_early", "accuracy_end", "early_stop") if key in value]
-        if isinstance(value, dict)
-        else [None]
-    )
-    return all(
-        isinstance(spread, dict)
-        and _is_number(spread.get("mean"))
-        and (spread.get("sd") is None or _is_number(spread["sd"]))
-        and isinstance(spread.get("values"), list)
-        and all(map(_is_number, spread["values"]))
-        for spread in spreads
-    )
 
 
 # ---------------------------------------------------------------------------------------- compact layout

@@ -1,150 +1,27 @@
 """Training arms and measuring them: schedule of evaluations, early stop, metrics. Knows no rounds and no disk."""
 
-import functools
 import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ticketfind import TicketfindError, devices, engine, invariants, memory
-from ticketfind.batches import Data, Order, Split, derived_seed, seeded
+from ticketfind.arms import Arm, Look, Note, Outcome, Snapshots, State, Task, Watched, Work, measured
+from ticketfind.batches import Order, derived_seed, seeded
 from ticketfind.course import Course, Drawn, Failed, Point, Snapshot, course_of, snapshot, take_up
 from ticketfind.devices import EAGER, Way
 from ticketfind.digests import digest
 from ticketfind.engine import Lockstep
 from ticketfind.forks import Tick
 from ticketfind.masks import Masks
-from ticketfind.outputs import OutputFn, accuracy, cross_entropy
 from ticketfind.prunable import aliases
 from ticketfind.recipe import Train
-from ticketfind.results import Measured
 from ticketfind.specs import one_line
-
-State = dict[str, Tensor]
-"""Every parameter and buffer by its state-dict key."""
-Note = Callable[[str], None]
-"""Told what the user should know."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained: a network, its data, loss and metric, all on one device."""
-
-    model: nn.Module
-    """The architecture; its weights are overwritten by each arm's."""
-    data: Data | None
-    """None where the training is the user's own, and reads its own."""
-    device: torch.device
-    fresh: Callable[[int], State]
-    """seed -> a fresh initialization, on the CPU."""
-    given: State = field(default_factory=dict)
-    """Weights from a checkpoint, which go over the fresh ones."""
-    given_dtype: str | None = None
-    """The types that the checkpoint had them in; they are trained in the model's."""
-    trained: State = field(default_factory=dict)
-    """Weights after dense training, which stand for that training."""
-    need: memory.Need | None = None
-    """The memory that an arm's training takes, where that could be estimated."""
-    loss: OutputFn = cross_entropy
-    metric: OutputFn = accuracy
-    trainer: "Trainer | None" = None
-    """Trains an arm in place of ticketfind."""
-
-    def start(self, seed: int) -> State:
-        """Weights and buffers at iteration 0 of the replicate with this seed."""
-        return {**self.fresh(seed), **self.given}
-
-    @functools.cached_property
-    def chance(self) -> float | None:
-        """The accuracy of always giving the test set's most frequent label; None where the labels are not known."""
-        test = None if self.data is None else self.data.test
-        return test.most_frequent if isinstance(test, Split) else None
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One training to be run."""
-
-    name: str
-    """For messages: "round 3, replicate 0"."""
-    start: State
-    """Weights and buffers at iteration `first`; pruned positions are set to zero."""
-    masks: Masks
-    """Empty for a dense training."""
-    seed: int
-    """Of the data order and of what the network draws (dropout)."""
-    first: int = 0
-    """Iteration at which the training starts; data order and schedule go on from there."""
-    round: int = 0
-    """Prunings that the masks have behind them; with `replicate` for a trainer of the user's own."""
-    replicate: int = 0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished training."""
-
-    began: str | None
-    """Digest of the weights and buffers that it began with, tied parameters once; None where nobody looked."""
-    points: tuple[Point, ...]
-    final: State
-    """Weights and buffers after the last iteration."""
-    kept: State | None
-    """Those at the iteration that `fit` was told to keep."""
-    measured: Measured
-    test_size: int | None
-    """Examples in the test set, where they are known."""
-
-
-def measured(points: Sequence[Point]) -> Measured:
-    """In four numbers; early stop is the first minimum of the validation loss."""
-    best = min(points, key=lambda point: point.validation_loss)
-    return Measured(
-        early_stop=best.iteration,
-        accuracy_early=best.test_accuracy,
-        accuracy_end=points[-1].test_accuracy,
-        validation_loss=best.validation_loss,
-    )
-
-
-class Snapshots(Protocol):
-    """Where trainings under way are kept, so that they can go on after their process has ended."""
-
-    def find(self, arms: Sequence[Arm]) -> Snapshot | None:
-        """What was kept last of these arms, which begin now. Raises TicketfindError where it cannot be read."""
-
-    def offer(self, arms: Sequence[Arm], take: Callable[[], Snapshot], *, now: bool = False) -> None:
-        """Keep what `take` gives, if it is time; with `now` in any case, and before this returns."""
-
-    def settle(self) -> None:
-        """Wait for what is still being kept."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a training of one arm is told beside the arm."""
-
-    how: Train
-    keep_at: int | None
-    """Iteration whose weights are kept in the outcome."""
-    tick: Tick
-    """Told of the iterations done; may raise, to end the training where it is."""
-    folder: Path | None
-    """Where an outside program's files go."""
-    snapshots: Snapshots | None = None
-    until: int | None = None
-    """Iteration after which it ends, though its schedule is that of a whole training; None for the whole."""
-
-
-Trainer = Callable[[Task, Arm, Work], "Outcome | Failed"]
-"""Trains one arm."""
 
 
 def fit(
@@ -159,6 +36,8 @@ def fit(
     note: Note = lambda text: None,
     folder: Path | None = None,
     snapshots: Snapshots | None = None,
+    paths: bool = False,
+    watched: Watched | None = None,
 ) -> Generator[tuple[Arm, Outcome | Failed], None, None]:
     """Train every arm to ``how.iterations``; each with its outcome, in order, as it is finished.
 
@@ -166,13 +45,14 @@ def fit(
     weights are kept in the outcome. until: iteration to end after; what is trained is the beginning of the whole. tick:
     told of the iterations done; may raise, to end it all. note: told what the user should know. folder: for the files
     of an outside program that trains. snapshots: trainings go on from them, and are kept in them, at the latest when
-    `tick` raises.
+    `tick` raises. paths: outcomes tell how far each weight has gone. watched: for the masks that are drawn; such
+    trainings are measured at their end only, and are not kept in snapshots.
     Raises TicketfindError, naming the arm, where the training fails; numbers that are no longer finite end one arm.
     """
     together = [*_together(arms, way.in_step)]
 
     def train(index: int, tick: Tick) -> list[Outcome | Failed]:
-        work = Work(how, keep_at, tick, folder, snapshots, until)
+        work = Work(how, keep_at, tick, folder, None if watched else snapshots, until, paths, watched)
         with _faults_of(together[index], task, how, min(way.at_once, len(arms))):
             if task.trainer is not None:
                 return [task.trainer(task, arm, work) for arm in together[index]]
@@ -233,9 +113,10 @@ PAUSE = 0.2
 
 def _train(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) -> list[Outcome | Failed]:
     """Train arms that begin at the same iteration."""
-    how, keep_at, first = work.how, work.keep_at, arms[0].first
+    how, keep_at, first, watched = work.how, work.keep_at, arms[0].first, work.watched
     last, every = int(how.iterations) if work.until is None else work.until, int(how.eval_every)
-    measured_at = {stop for stop in (*range(every, last, every), last) if stop > first}
+    looked_at = set() if watched is None else {*range(first + watched.every, last + 1, watched.every)}
+    measured_at = {stop for stop in (*(() if watched else range(every, last, every)), last) if stop > first}
     kept_at = {keep_at} if keep_at is not None and keep_at >= first else set()
     with _own_draws(task), devices.arithmetic(way, task.device, task.model):
         training, course = _begun(task, arms, work, way, note)
@@ -253,8 +134,8 @@ def _train(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) ->
             if work.snapshots is not None:
                 work.snapshots.offer(arms, take)
 
-        count = 1
-        for stop in sorted(measured_at | kept_at):
+        count, tightened = 1, list[Masks]()
+        for stop in sorted(measured_at | kept_at | looked_at):
             while course.at < stop and not course.is_over:
                 count = min(count, stop - course.at)
                 began = time.monotonic()
@@ -264,13 +145,30 @@ def _train(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) ->
                 count = max(1, min(4 * count, int(count * PAUSE / seconds)))
             if stop in kept_at and not course.kept:
                 course.kept = training.states()
+            if watched is not None and stop in looked_at and not course.is_over:
+                looks = _looks(training, stop, paths=work.paths)
+                if watched.tighter is not None:
+                    tightened = [watched.tighter(arm, look) for arm, look in zip(arms, looks, strict=True)]
+                    training.tighten(tightened)
+                if watched.enough is not None and all(map(watched.enough, arms, looks)):
+                    last = stop
+                    measured_at.add(stop)
             if stop in measured_at and not course.is_over and not course.is_measured(stop):
                 course.drawn = Drawn.so_far(task.device)
                 _measure(training, task, how, course, pause)
                 course.drawn = None
+            if stop == last:
+                break
         if work.snapshots is not None:
             work.snapshots.settle()
-        return _outcomes(training, task, course, how)
+        return _outcomes(training, task, course, how, paths=work.paths, tightened=tightened)
+
+
+def _looks(training: Lockstep, at: int, *, paths: bool) -> list[Look]:
+    """Of each arm."""
+    states = training.states()
+    gone: Sequence[State | None] = training.paths() if paths else [None] * len(states)
+    return [Look(at, state, path) for state, path in zip(states, gone, strict=True)]
 
 
 def _begun(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) -> tuple[Lockstep, Course]:
@@ -291,6 +189,7 @@ def _begun(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) ->
             seed=derived_seed(arms[0].seed, "draws"),
             first=at,
             note=note,
+            extra=work.extra,
         )
 
     def digests(training: Lockstep) -> list[str]:
@@ -359,9 +258,18 @@ def _measure(training: Lockstep, task: Task, how: Train, course: Course, between
         course.losses[arm] = []
 
 
-def _outcomes(training: Lockstep, task: Task, course: Course, how: Train) -> list[Outcome | Failed]:
+def _outcomes(
+    training: Lockstep,
+    task: Task,
+    course: Course,
+    how: Train,
+    *,
+    paths: bool = False,
+    tightened: Sequence[Masks] = (),
+) -> list[Outcome | Failed]:
     """What has come of each arm, at its end."""
     found: list[Outcome | Failed] = []
+    gone = training.paths() if paths else []
     trained = {name for name, _ in task.model.named_parameters()}
     for arm, final in enumerate(training.states()):
         bad = next((name for name in trained & final.keys() if not bool(torch.isfinite(final[name]).all())), None)
@@ -370,7 +278,16 @@ def _outcomes(training: Lockstep, task: Task, course: Course, how: Train) -> lis
         kept, points = course.kept[arm] if course.kept else None, course.points[arm]
         found.append(
             course.failed[arm]
-            or Outcome(course.began[arm], tuple(points), final, kept, measured(points), _test_size(task))
+            or Outcome(
+                course.began[arm],
+                tuple(points),
+                final,
+                kept,
+                measured(points),
+                _test_size(task),
+                gone[arm] if paths else None,
+                {name: mask.cpu() for name, mask in tightened[arm].items()} if tightened else None,
+            )
         )
     return found
 

@@ -1,6 +1,6 @@
 """Training loops that are not ticketfind's: a function of the user's trains one arm, and what came of it is checked.
 
-It is a `train.Trainer`, as a command is (`commands`), so that searches and evaluations use it as they use
+It is a `arms.Trainer`, as a command is (`commands`), so that searches and evaluations use it as they use
 ticketfind's own training.
 """
 
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ticketfind import TicketfindError, lanes, masks
+from ticketfind.arms import Arm, Outcome, State, Task, Trainer, Work
 from ticketfind.batches import derived_seed, seeded
 from ticketfind.results import Measured
 from ticketfind.ticket import hold
-from ticketfind.train import Arm, Outcome, State, Task, Trainer, Work
 
 METRICS = ("accuracy", "accuracy_early", "early_stop", "validation_loss", "test_size")
 """What a training of one's own tells; all but the first may be left out (docs/guide.md)."""
@@ -169,7 +169,7 @@ def _state(model: nn.Module) -> State:
 def by_function(function: Callable[..., Any]) -> Trainer:
     """A trainer out of ``fn(model, hold, arm) -> metrics``.
 
-    model: in place, under its mask, on the device; trained in place. hold: see `Hold`. arm: see `train.Arm` (seed,
+    model: in place, under its mask, on the device; trained in place. hold: see `Hold`. arm: see `arms.Arm` (seed,
     round, replicate, first iteration). metrics: a dict, see METRICS. What the function draws from torch's, numpy's and
     Python's generators follows from the arm's seed.
     """

@@ -1,14 +1,14 @@
 """Whether a ticket file or a run is what it says it is: every promise that can be checked from the files alone."""
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ticketfind import TicketfindError, contents, invariants, masks, ticket
+from ticketfind import TicketfindError, contents, invariants, masks, patterns, readers, ticket
 from ticketfind.digests import digest
 from ticketfind.masks import Masks
 from ticketfind.recipe import Recipe
@@ -34,7 +34,7 @@ def of_ticket(path: Path) -> list[Check]:
     bad = ticket.not_finite(found)
     share = json.loads(read_metadata(path, "ticket")["ticketfind"]).get("remaining")
     kept, size = masks.count(dict(found.masks)), sum(mask.numel() for mask in found.masks.values())
-    return [
+    checks = [
         _integrity(path),
         Check("masks fit the weights", True, f"{len(found.masks)} masks, {kept:,} of {size:,} weights kept"),
         Check(
@@ -46,6 +46,21 @@ def of_ticket(path: Path) -> list[Check]:
             "weights remaining are as it says", share == kept / size, f"{kept / size:.4%}, and it says {share!r:.20}"
         ),
     ]
+    return checks + _pattern(found)
+
+
+def _pattern(found: ticket.Ticket) -> list[Check]:
+    """Of a ticket whose recipe names an N:M pattern: what is pruned keeps at least N in each block, and all alike."""
+    section = found.about.recipe.get("prune")
+    scope = str(section.get("scope")) if isinstance(section, Mapping) else ""
+    if (pattern := readers.pattern(scope)) is None:
+        return []
+    keep, block = pattern
+    counts = {name: patterns.kept_in_each(mask, block) for name, mask in found.masks.items() if not bool(mask.all())}
+    bad = [name for name, count in counts.items() if count is None or count < keep]
+    there = " and ".join(f"{count}:{block}" for count in sorted({count for count in counts.values() if count}))
+    text = f"not {scope}: {', '.join(bad[:3])}" if bad else f"{there or 'nothing pruned'}, {len(counts)} masks"
+    return [Check(f"masks are blocks of {block}", not bad, text)]
 
 
 def _integrity(path: Path) -> Check:
@@ -143,13 +158,15 @@ def _counts(run: RunDir, recipe: Recipe, round: int, replicate: int, line: dict[
     mask = _mask(run, max(1, round), replicate)  # those of the first pruning say how large the dense network is
     sizes = {name: m.numel() for name, m in mask.items()}
     kept = {name: int(m.sum()) for name, m in mask.items()} if round else sizes
-    groups = masks.make_groups([*sizes], recipe.prune.fraction, recipe.prune.scope)
+    groups = masks.make_groups([*sizes], recipe.prune.fraction, recipe.prune.scope, recipe.prune.rounds)
     planned = masks.plan(sizes, groups, recipe.prune.rounds, recipe.prune.until)
     if round >= len(planned):
         return f"{len(planned) - 1} rounds are planned"
     count, total = planned[round], planned[0]
     if sum(kept.values()) != count:
         return f"{sum(kept.values())} weights are kept, {count} are planned"
+    if round and (off := masks.off_pattern(mask, groups, round)):
+        return f"{', '.join(off)}: not {recipe.prune.scope}, or not as many of each block as this round has"
     if line is None:
         return None
     if line.get("kept") != count or line.get("kept_per_tensor") != kept or line.get("remaining") != count / total:

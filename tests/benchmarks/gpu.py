@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from ticketfind import bench, layers, models
+from ticketfind.arms import Task
 from ticketfind.batches import Batch, Data, Split
 from ticketfind.bench import Case, Timing
 from ticketfind.devices import EAGER, Way
 from ticketfind.recipe import Train
-from ticketfind.train import Task
 
 SECONDS = 1.0
 ADAM = {"optimizer": "adam", "lr": 1.2e-3, "weight_decay": 0}

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ticketfind import TicketfindError, contents, devices, engine, memory, results
 from ticketfind import search as searching
+from ticketfind.arms import Arm, Outcome, Task
 from ticketfind.augment import augmented
 from ticketfind.batches import Data, Order, Split
 from ticketfind.connection import is_disconnected
@@ -27,15 +28,15 @@ from ticketfind.devices import EAGER, Way
 from ticketfind.engine import Lockstep, Replayed
 from ticketfind.examples import source_of
 from ticketfind.experiments import evaluate
-from ticketfind.masks import SCORES
 from ticketfind.nets import NETS
 from ticketfind.outputs import cross_entropy
 from ticketfind.recipe import Recipe, Train
 from ticketfind.rundir import RunDir
+from ticketfind.scores import SCORES
 from ticketfind.selection import keep_highest
 from ticketfind.streams import Stream
 from ticketfind.ticket import Ticket, load_ticket
-from ticketfind.train import Arm, Outcome, Task, fit
+from ticketfind.train import fit
 from ticketfind.trainers import by_function
 
 DEVICE = "cuda"

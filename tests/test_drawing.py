@@ -1,0 +1,363 @@
+"""Masks that are drawn on a training's way, and searches that measure less than they draw."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from ticketfind import TicketfindError, contents, masks, verify
+from ticketfind.arms import Arm, Look, Outcome, Task, Watched
+from ticketfind.batches import Order
+from ticketfind.devices import Way
+from ticketfind.drawing import Drawing, Settled
+from ticketfind.masks import Group
+from ticketfind.recipe import Recipe, RecipeError, Train
+from ticketfind.rundir import RunDir
+from ticketfind.scores import SCORES, Seen, scored
+from ticketfind.train import fit
+
+SHAPES = {"fc1.weight": (16, 12), "fc2.weight": (12, 16), "fc3.weight": (4, 12)}
+Search = Callable[..., Any]
+WAYS = ["eager", "stacked"]
+
+
+def half(seed: int = 1) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(shape, generator=generator) < 0.5 for name, shape in SHAPES.items()}
+
+
+def way_of(name: str) -> Way:
+    return Way(name, at_once=2)
+
+
+# ------------------------------------------------------------------------------------------------- paths
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("way", WAYS)
+def test_paths_are_the_steps_of_plain_pytorch_added_up(
+    way: str, optimizer: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    task, how, kept = make_task(), make_train(optimizer=optimizer, lr=0.01), half()
+    arms = [Arm(f"a{seed}", task.start(seed), kept, seed) for seed in (3, 4)]
+    for arm, outcome in fit(arms, task, how, way=way_of(way), paths=True):
+        assert isinstance(outcome, Outcome)
+        model = copy.deepcopy(task.model)
+        model.load_state_dict(masks.masked(arm.start, kept))
+        kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.Adam
+        steps, path = kind(model.parameters(), lr=0.01), {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+        for inputs, targets in task.data.training(Order(arm.seed, 16, 0, 12)):
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            steps.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            for name, p in model.named_parameters():
+                p.grad *= kept.get(name, torch.ones_like(p))
+            steps.step()
+            for name, p in model.named_parameters():
+                path[name] += (p.detach() - before[name]).abs()
+        assert outcome.path is not None
+        assert outcome.path.keys() == path.keys()
+        for name in path:
+            torch.testing.assert_close(outcome.path[name], path[name], rtol=1e-4, atol=1e-6)
+        assert all(bool((outcome.path[name][~mask] == 0).all()) for name, mask in kept.items())
+        for name, p in arm.start.items():  # no shorter than the net change
+            assert bool((outcome.path[name] >= (outcome.final[name] - p * kept.get(name, 1)).abs() - 1e-6).all())
+
+
+def test_paths_change_no_weight(make_task: Callable[..., Task], make_train: Callable[..., Train]) -> None:
+    task, how = make_task(), make_train()
+    ((_, a),) = fit([Arm("a", task.start(0), {}, 0)], task, how)
+    ((_, b),) = fit([Arm("a", task.start(0), {}, 0)], task, how, paths=True)
+    assert all(torch.equal(a.final[name], b.final[name]) for name in a.final)
+    assert a.path is None
+
+
+# ----------------------------------------------------------------------------------------- pruning on the way
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_pruned_on_the_way_stays_zero(
+    way: str, optimizer: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    task = make_task()
+    how = make_train(optimizer=optimizer, momentum=0.9 if optimizer == "sgd" else 0, weight_decay=0.01)
+    seen: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]] = []
+    nested = {5: half(1), 10: {name: mask & half(2)[name] for name, mask in half(1).items()}}
+
+    def tighter(arm: Arm, look: Look) -> dict[str, Tensor]:
+        seen.append((look.at, look.state, look.path or {}))
+        return nested[look.at]
+
+    arms = [Arm(f"a{seed}", task.start(seed), masks.dense(SHAPES), seed, replicate=seed) for seed in (3, 4)]
+    watched = Watched(every=5, tighter=tighter)
+    for _, outcome in fit(arms, task, how, way=way_of(way), paths=True, watched=watched):
+        assert isinstance(outcome, Outcome)
+        assert outcome.masks is not None
+        assert all(torch.equal(outcome.masks[name], nested[10][name]) for name in SHAPES)
+        assert not masks.nonzero_outside(nested[10], outcome.final)
+        assert [point.iteration for point in outcome.points] == [12]
+    for at, state, path in seen:
+        if at == 10:  # five iterations under the first masks; the path is that of these five alone
+            assert not masks.nonzero_outside(nested[5], state)
+            assert not masks.nonzero_outside(nested[5], path)
+    assert sorted(at for at, _, _ in seen) == [5, 5, 10, 10]
+
+
+def test_a_training_goes_on_from_its_masks_as_if_pruned_by_hand(
+    make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    """SGD without momentum has no other memory than its weights."""
+    task, how, kept = make_task(), make_train(), half()
+    watched = Watched(every=8, tighter=lambda arm, look: kept)
+    ((_, on_the_way),) = fit([Arm("a", task.start(0), masks.dense(SHAPES), 0)], task, how, watched=watched)
+    ((_, begun),) = fit([Arm("a", task.start(0), {}, 0)], task, how, until=8)
+    ((_, by_hand),) = fit([Arm("a", begun.final, kept, 0, first=8)], task, how)
+    assert all(torch.equal(on_the_way.final[name], by_hand.final[name]) for name in by_hand.final)
+
+
+def counts(found: dict[str, Tensor]) -> dict[str, int]:
+    return {name: int(mask.sum()) for name, mask in found.items()}
+
+
+@pytest.mark.parametrize("score", ["path_length", "movement", "magnitude"])
+def test_pruning_on_the_way_ends_at_the_rounds_count(
+    score: str, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
+) -> None:
+    """What is drawn is nested and as many as planned; what is measured are full trainings of the tickets."""
+    recipe = make_recipe({"prune.every": 4, "prune.score": score})
+    rounds = run_search(recipe, make_task(), tmp_path / "run", SCORES[score])
+    assert [round.round for round in rounds] == [0, 1, 2, 3]
+    for round in (1, 2, 3):
+        found = load_file(tmp_path / f"run/masks/{round:02}-0.safetensors")
+        expected = {"fc1.weight": 192, "fc2.weight": 192, "fc3.weight": 48}
+        for _ in range(round):
+            expected = {name: n - builtin_round(n * 0.3) for name, n in expected.items()}
+        assert counts(found) == expected
+    drawn = [json.loads(line) for line in (tmp_path / "run/drawn.jsonl").read_text().splitlines()]
+    assert [(line["round"], line["replicate"], line["iterations"]) for line in drawn] == [
+        (round, replicate, 12) for round in range(3) for replicate in range(2)
+    ]
+    assert all(check.passed is not False for check in verify.of_run(RunDir(tmp_path / "run")))
+
+
+builtin_round = round
+
+
+def test_each_pruning_on_the_way_sees_what_changed_since_the_last(make_task: Callable[..., Task]) -> None:
+    """By hand: of ten weights, half are to go in two prunings; the score is how far they moved in between."""
+    told: list[Seen] = []
+
+    def note(seen: Seen) -> dict[str, Tensor]:
+        told.append(seen)
+        return {"w": (seen.trained["w"] - seen.initial["w"]).abs()}
+
+    from ticketfind.drawing import Tightening
+    from ticketfind.scores import Score
+
+    drawing = Drawing(Score(note), make_task(), Mock(), [Group(("w",), 0.5)], {"w": (10,)})
+    tighten = Tightening(drawing, every=5, total=10)
+    arm = Arm("a", {"w": torch.zeros(10)}, masks.dense({"w": (10,)}), 0)
+    first = tighten(arm, Look(5, {"w": torch.arange(10.0)}, None))
+    assert first["w"].tolist() == [False] * 3 + [True] * 7  # 10 * (5 / 10) ** (1 / 2) = 7.07
+    moved = torch.arange(10.0) + torch.tensor([0, 0, 0, 9, 1, 2, 3, 4, 5, 6.0])
+    second = tighten(arm, Look(10, {"w": moved}, None))
+    assert second["w"].tolist() == [False] * 3 + [True, False, False, True, True, True, True]
+    assert torch.equal(told[1].initial["w"], torch.tensor([0, 0, 0, 3, 4, 5, 6, 7, 8, 9.0]))
+
+
+# -------------------------------------------------------------------------------------------- settled masks
+
+
+def test_agreement_within_is_cohens_kappa() -> None:
+    outer = {"a": torch.tensor([1, 1, 1, 1, 1, 1, 0, 0], dtype=torch.bool)}
+    a = {"a": torch.tensor([1, 1, 1, 0, 0, 1, 0, 0], dtype=torch.bool)}
+    b = {"a": torch.tensor([1, 1, 0, 1, 0, 1, 0, 0], dtype=torch.bool)}
+    same, chance = 4 / 6, (4 / 6) * (4 / 6) + (2 / 6) * (2 / 6)
+    assert masks.agreement_within(a, b, outer) == pytest.approx((same - chance) / (1 - chance))
+    assert masks.agreement_within(a, a, outer) == 1
+
+
+def test_a_mask_has_settled_where_two_looks_agree(make_task: Callable[..., Task]) -> None:
+    drawing = Drawing(SCORES["magnitude"], make_task(), Mock(), [Group(("w",), 0.5)], {"w": (4,)})
+    settled = Settled(drawing, lambda replicate: {"w": torch.zeros(4)}, threshold=0.9)
+    arms = [Arm("a", {}, {}, 0, replicate=r) for r in range(2)]
+
+    def look(*weights: float) -> Look:
+        return Look(0, {"w": torch.tensor(weights)}, None)
+
+    assert not settled(arms[0], look(1, 2, 3, 4))
+    assert not settled(arms[0], look(4, 3, 2, 1))
+    assert not settled(arms[1], look(8, 7, 2, 1))  # another replicate's first
+    assert settled(arms[0], look(9, 8, 1, 2))
+
+
+@pytest.mark.parametrize("threshold", [0.0001, 1.0])
+def test_a_round_ends_when_its_mask_has_settled(
+    threshold: float, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search,
+    watch: Mock, tmp_path: Path,
+) -> None:  # fmt: skip
+    recipe = make_recipe({"prune.mask_stop": threshold, "train.schedule": "constant", "train.warmup": 0})
+    rounds = run_search(recipe, make_task(), tmp_path / "run")
+    drawn = [json.loads(line) for line in (tmp_path / "run/drawn.jsonl").read_text().splitlines()]
+    assert {(line["round"], line["replicate"]) for line in drawn} == {(1, 0), (1, 1), (2, 0), (2, 1)}
+    if threshold < 0.1:  # any agreement above chance, at the second look
+        assert {line["iterations"] for line in drawn} == {6}
+    assert [round.round for round in rounds] == [0, 1, 2, 3]
+    assert all(round.stats.early_stop.mean > 0 for round in rounds)
+    total, done = watch.begin.call_args.args
+    skipped = sum(call.args[0] for call in watch.skip.call_args_list)
+    ticked = sum(call.args[0] for call in watch.tick.call_args_list)
+    assert (total - skipped, done) == (ticked, 0)
+
+
+# ---------------------------------------------------------------------------------------- what is measured
+
+
+def planted(accuracies: dict[int, float]) -> Any:
+    """A trainer of the user's own whose accuracy depends on the round alone."""
+
+    def train(task: Task, arm: Arm, work: Any) -> Outcome:
+        from ticketfind.arms import measured
+        from ticketfind.course import Point
+
+        work.tick(12 - arm.first)
+        points = (Point(12, None, 1.0, accuracies[arm.round], accuracies[arm.round]),)
+        final = masks.masked(arm.start, arm.masks)
+        return Outcome(None, points, final, arm.start, measured(points), 60)
+
+    return train
+
+
+FALLING = {0: 0.9, **{round: 0.9 if round <= 5 else 0.5 for round in range(1, 9)}}
+
+
+def test_until_fails_ends_with_the_first_round_that_does_not_match(
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, watch: Mock, tmp_path: Path
+) -> None:
+    recipe = make_recipe({"prune.until_fails": True, "prune.rounds": 8, "run.tolerance": 1})
+    rounds = run_search(recipe, make_task(trainer=planted(FALLING)), tmp_path / "run")
+    assert [(round.round, round.matching) for round in rounds][-2:] == [(5, True), (6, False)]
+    assert contents.chosen(RunDir(tmp_path / "run"), None).round == 5
+    total, _ = watch.begin.call_args.args
+    skipped = sum(call.args[0] for call in watch.skip.call_args_list)
+    assert total - skipped == 12 * 2 * 7
+
+
+def test_until_fails_brackets_where_masks_are_drawn_apart(
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Four of eight rounds are measured: 4, 6, 5; the others' masks can be exported all the same."""
+    recipe = make_recipe({
+        "prune.until_fails": True, "prune.rounds": 8, "prune.fraction": 0.1, "run.tolerance": 1, "prune.mask_stop": 1.0,
+    })  # fmt: skip
+    own = fit
+
+    def measured_by_plan(arms: Any, task: Task, how: Train, **more: Any) -> Any:
+        return own(arms, make_task(trainer=planted(FALLING)), how, **more)
+
+    monkeypatch.setattr("ticketfind.search.fit", measured_by_plan)
+    rounds = run_search(recipe, make_task(), tmp_path / "run")
+    assert [round.round for round in rounds] == [0, 4, 5, 6]
+    log = [json.loads(line)["round"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert log == [0, 0, 4, 4, 6, 6, 5, 5]
+    run = RunDir(tmp_path / "run")
+    assert contents.chosen(run, None).round == 5
+    assert contents.load(run, 7, 1).about.claims.keys() == {"dense"}
+    assert contents.load(run, 4, 1).about.claims.keys() == {"dense", "ticket"}
+    with pytest.raises(TicketfindError, match="round: expected 4 or 5 or 6, found 9"):
+        contents.chosen(run, 9)
+    again = run_search(recipe, make_task(), tmp_path / "run")  # it is finished
+    assert [round.round for round in again] == [0, 4, 5, 6]
+
+
+def test_masks_drawn_ahead_are_those_of_one_training_pruned_again_and_again(
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
+) -> None:
+    recipe = make_recipe({"prune.ahead": [2, 3, 1], "prune.rounds": 7})
+    rounds = run_search(recipe, make_task(), tmp_path / "run")
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in log if line["replicate"] == 0] == [0, 2, 5, 6, 1, 3, 4, 7]
+    assert [round.round for round in rounds] == [*range(8)]
+    final = load_file(tmp_path / "run/trained/0.safetensors")
+    old = masks.dense(SHAPES)
+    for round in (1, 2):
+        found = scored(SCORES["magnitude"], Seen(final, final, old), seed=0)
+        old = masks.prune(old, found, [Group((name,), 0.3) for name in SHAPES])
+        there = load_file(tmp_path / f"run/masks/{round:02}-0.safetensors")
+        assert all(torch.equal(old[name], there[name]) for name in SHAPES)
+    assert all(check.passed is not False for check in verify.of_run(RunDir(tmp_path / "run")))
+
+
+def test_until_fails_measures_between_the_trainings_that_draw_ahead(
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
+) -> None:
+    recipe = make_recipe({
+        "prune.ahead": [4], "prune.until_fails": True, "prune.rounds": 12, "prune.fraction": 0.1, "run.tolerance": 1,
+    })  # fmt: skip
+    rounds = run_search(
+        recipe, make_task(trainer=planted({**FALLING, **dict.fromkeys(range(9, 13), 0.5)})), tmp_path / "run"
+    )
+    assert [(round.round, round.matching) for round in rounds] == [
+        (0, True), (4, True), (5, True), (6, False), (8, False),
+    ]  # fmt: skip
+    assert contents.chosen(RunDir(tmp_path / "run"), None).round == 5
+
+
+def test_a_search_that_draws_apart_goes_on_to_the_same_bytes(
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
+) -> None:
+    class Enough(BaseException):
+        pass
+
+    recipe = make_recipe({"prune.every": 4, "prune.score": "path_length", "prune.until_fails": True})
+    run_search(recipe, make_task(), tmp_path / "whole", SCORES["path_length"])
+    stops = 0
+    for limit in (30, 50, 60, 80, 90):
+        watch, left = Mock(spec_set=["begin", "tick", "skip", "round", "note"]), [limit]
+
+        def tick(iterations: int, left: list[int] = left) -> None:
+            left[0] -= iterations
+            if left[0] < 0:
+                raise Enough
+
+        watch.tick = tick
+        try:
+            run_search(recipe, make_task(), tmp_path / "cut", SCORES["path_length"], watch)
+        except Enough:
+            stops += 1
+    run_search(recipe, make_task(), tmp_path / "cut", SCORES["path_length"])
+
+    def tree(folder: Path) -> dict[str, bytes]:
+        return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    assert stops >= 3
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prune.every": 3, "prune.mask_stop": 0.9}, "prune.mask_stop: expected null beside prune.every, found both"),
+        ({"prune.every": 3, "prune.score": "snip"}, "prune.every: expected null with snip, which looks at no training"),
+        ({"prune.every": 13}, "prune.every: expected 1 to the 12 iterations of a round, found 13"),
+        ({"prune.ahead": []}, "prune.ahead: expected at least one number of rounds, found none"),
+        ({"prune.ahead": [2], "prune.rewind": "lr"}, "prune.ahead: expected [1] beside prune.every"),
+        ({"prune.mask_stop": 1.5}, "prune.mask_stop: expected a number above 0, up to 1, found 1.5"),
+        ({"prune.every": 3, "train.trainer": "a:b"}, "prune.every: expected null, as a training of your own"),
+        ({"prune.score": "synflow", "train.trainer": "a:b"}, "prune.score: expected one of a training's ends"),
+    ],
+)
+def test_contradictions(settings: dict[str, Any], message: str, make_recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(RecipeError) as error:
+        make_recipe(settings)
+    assert message in str(error.value)
