@@ -176,11 +176,13 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def same_signals() -> Iterator[None]:
     """What a command that runs in this process does on signals ends with the test."""
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    handlers = {number: signal.getsignal(number) for number in numbers}
     yield
-    for number, handler in handlers.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
+
+
+STOPS = ("SIGINT", "SIGTERM", "SIGHUP")
+HANDLERS = {number: signal.getsignal(number) for number in signal.Signals if number.name in STOPS}
 
 
 @pytest.fixture

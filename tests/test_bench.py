@@ -49,6 +49,14 @@ def test_cases_and_their_measures(make_task: Callable[..., Task], make_train: Ca
     assert all(len(timing.ms) == 2 and min(timing.ms) > 0 for timing in timings)
 
 
+def test_a_busy_machine_makes_no_time_negative(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([2.0, 3.0, 5.0, 1.0])  # with and without the iterations that are timed, twice
+    monkeypatch.setattr(bench, "_seconds", lambda case, iterations: next(seconds))
+    monkeypatch.setattr(bench, "_iterations", lambda case, seconds: 8)
+    (timing,) = bench.measure([bench.Case("plain", "plain", 2, lambda n: None)], blocks=1, seconds=1)
+    assert timing.ms == (1000 * 4.0 / 8 / 2,)
+
+
 def test_a_mask_keeps_a_fifth(make_task: Callable[..., Task]) -> None:
     kept = bench.mask_of(make_task())
     assert sum(int(mask.sum()) for mask in kept.values()) / 432 == pytest.approx(bench.KEPT, abs=0.06)

@@ -69,6 +69,21 @@ def test_claims_of_the_rounds(number: int, found: Findings, expected: str) -> No
     assert status(number, found).status == expected
 
 
+@pytest.mark.parametrize("why", ["it was trained elsewhere", "it goes on from trained weights"])
+def test_early_stops_that_do_not_compare_are_not_compared(why: str) -> None:
+    """A dense network of unknown training, learning-rate rewinding: accuracy can be judged, speed cannot."""
+    found = findings((0.2, arm(0.952, 300)), apart=why)
+    matches, faster = status(1, found), status(2, found)
+    assert matches.status == UNDECIDED and matches.figures.endswith(f"; {why}") and "iterations" not in matches.figures
+    assert (faster.status, faster.figures) == (NOT_TESTED, why)
+    assert status(1, findings((0.2, arm(0.9, 300)), apart=why)).status == DOES_NOT
+
+
+def test_no_tolerance_is_zero_without_a_sign() -> None:
+    assert "down to 0.00 it matches" in status(1, findings((0.2, arm(0.96, 300)), tolerance=0.0)).figures
+    assert "down to -0.50 it matches" in status(1, findings((0.2, arm(0.96, 300)))).figures
+
+
 TICKET = arm(0.95, 400)
 
 

@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -338,31 +336,7 @@ def test_diff_exit_codes(searched):
     assert searched("diff", "0.safetensors", "2.safetensors", "--exit-code").code == 2
 
 
-# ----------------------------------------------------------------------------------- processes and signals
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_and_gone_on(number, code, run, tmp_path):
-    """Stopped by a signal in the middle, a search ends as one that was never stopped, to the bit."""
-    words = ["search", "--iterations", "900", "--rounds", "4", "--replicates", "2", "--set", "train.eval_every=100"]
-    command = [sys.executable, "-m", "ticketfind", *words, "--out", "stopped"]
-    log = tmp_path / "stopped/log.jsonl"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        while not (log.exists() and log.read_text().count("\n") >= 3):
-            assert process.poll() is None, "the search ended too early to be stopped"
-            time.sleep(0.01)
-        process.send_signal(number)
-        assert process.wait(timeout=10) == code
-        assert "the same command goes on from there" in process.stdout.read()
-    assert not (tmp_path / "stopped/finished").exists()
-
-    assert run(*words, "--out", "stopped").code == 0
-    assert run(*words, "--out", "whole").code == 0
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    assert files_in(stopped) == files_in(whole)
-    for name in sorted(files_in(whole)):
-        if (whole / name).is_file():
-            assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
+# ---------------------------------------------------------------------------------------------- processes
 
 
 def test_python_m_and_version():
@@ -372,20 +346,9 @@ def test_python_m_and_version():
 
 def test_a_search_finds_what_chance_does_not(run):
     """A shortened digits search: the ticket beats a random mask of its density by points, not by luck."""
-    words = [
-        "--iterations",
-        "400",
-        "--rounds",
-        "4",
-        "--prune",
-        "0.5",
-        "--replicates",
-        "3",
-        "--set",
-        "train.eval_every=50",
-    ]
-    assert run("search", *words).code == 0
-    arms = run("eval", "--round", "4", "--json").json["arms"]
+    words = ["--iterations", "300", "--rounds", "2", "--prune", "0.75", "--replicates", "2"]
+    assert run("search", *words, "--set", "train.eval_every=50").code == 0
+    arms = run("eval", "--round", "2", "--trials", "2", "--json").json["arms"]
     assert arms["dense"]["accuracy_early"]["mean"] > 0.95
     assert arms["ticket"]["accuracy_early"]["mean"] > arms["random"]["accuracy_early"]["mean"] + 0.02
 

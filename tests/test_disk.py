@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -10,21 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from ticketfind import TicketfindError, tensorfile
+from ticketfind import TicketfindError, cli, tensorfile
 from ticketfind import contents as contents_of_runs
+from ticketfind.arms import Task
 from ticketfind.recipe import Recipe
 from ticketfind.rundir import RunDir
-from ticketfind.train import Task
 
 SEARCH = [
-    sys.executable, "-m", "ticketfind", "search", "--iterations", "150", "--rounds", "3", "--replicates", "2",
+    "search", "--iterations", "150", "--rounds", "3", "--replicates", "2",
     "--set", "train.eval_every=50", "--engine", "eager", "--device", "cpu",
 ]  # fmt: skip
-
-
-def search(out: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*SEARCH, "--out", str(out)], capture_output=True, text=True, timeout=120)
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -36,8 +34,20 @@ def contents(out: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert search(out).returncode == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(out.parent)
+        patch.setattr(sys, "argv", ["ticketfind", *SEARCH, "--out", str(out)])
+        torch.set_num_threads(1)  # as `one_thread` has it in every test
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
     return contents(out)
+
+
+@pytest.fixture
+def search(command: Callable[..., Any]) -> Callable[[Path], Any]:
+    """search(out) -> exit code, stdout and stderr."""
+    return lambda out: command(*SEARCH, "--out", out)
 
 
 @pytest.fixture
@@ -57,13 +67,15 @@ def remount(place: Path, options: str) -> None:
 
 
 @pytest.mark.parametrize("left", [20, 650])
-def test_a_disk_that_fills_up(left: int, mount: Path, undisturbed: dict[str, bytes]) -> None:
+def test_a_disk_that_fills_up(
+    left: int, mount: Path, undisturbed: dict[str, bytes], search: Callable[[Path], Any]
+) -> None:
     """With room for `left` KiB: nothing, or some rounds."""
     filler = mount / "filler"
     filler.write_bytes(bytes(1024 * (1024 - left)))
     done = search(mount / "run")
-    assert done.returncode == 1
-    (line,) = done.stderr.strip().splitlines()
+    assert done.code == 1
+    (line,) = done.err.strip().splitlines()
     assert line.startswith(f"error: {mount / 'run'}") and "No space left on device" in line
     for name, content in contents(mount / "run").items():  # whole, all of it, but for what is kept of a training
         assert name.startswith("state/") or undisturbed[name].startswith(content), name
@@ -72,42 +84,51 @@ def test_a_disk_that_fills_up(left: int, mount: Path, undisturbed: dict[str, byt
     filler.unlink()
     remount(mount, "size=8m")
     done = search(mount / "run")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     ours = contents(mount / "run")
     assert ours.keys() == undisturbed.keys()
     assert all(ours[name] == undisturbed[name] for name in ours)
 
 
-def test_a_disk_that_is_read_only(mount: Path, undisturbed: dict[str, bytes]) -> None:
+def test_a_disk_that_is_read_only(
+    mount: Path, undisturbed: dict[str, bytes], search: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where it is so from the start, and where it has become so since the search was stopped."""
     remount(mount, "size=8m")
     remount(mount, "ro")
-    done = search(mount / "run")
-    assert done.returncode == 1 and "Read-only file system" in done.stderr and "Traceback" not in done.stderr
+    refuses(search, mount / "run")
     remount(mount, "rw")
-    with subprocess.Popen([*SEARCH, "--out", str(mount / "run")]) as process:
-        wait_for(mount / "run/log.jsonl", lines=1)
-        process.terminate()
-        assert process.wait(30) in (0, 143)
+    with monkeypatch.context() as patch:
+        append = RunDir.append
+
+        def append_and_stop(run: RunDir, entry: Any) -> None:
+            append(run, entry)
+            signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(RunDir, "append", append_and_stop)
+        assert search(mount / "run").code == 143
     remount(mount, "ro")
-    if not (mount / "run/finished").exists():
-        refuses(mount / "run")
+    refuses(search, mount / "run")
     remount(mount, "rw")
-    assert search(mount / "run").returncode == 0
+    assert search(mount / "run").code == 0
     assert contents(mount / "run") == undisturbed
 
 
-def refuses(out: Path) -> None:
+def refuses(search: Callable[[Path], Any], out: Path) -> None:
     before = contents(out)
     done = search(out)
-    assert done.returncode == 1 and "Read-only file system" in done.stderr and "Traceback" not in done.stderr
+    assert done.code == 1 and "Read-only file system" in done.err and "Traceback" not in done.err
     assert contents(out) == before
 
 
-def test_a_disk_that_goes_away(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+def test_a_disk_that_goes_away(
+    tmp_path: Path, undisturbed: dict[str, bytes], search: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The folder is moved away under the search; put back, it goes on."""
     out, away = tmp_path / "run", tmp_path / "away"
-    with subprocess.Popen([*SEARCH, "--out", str(out)], stderr=subprocess.PIPE, text=True) as process:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = [sys.executable, "-m", "ticketfind", *SEARCH, "--out", str(out)]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         wait_for(out / "log.jsonl", lines=2)
         out.rename(away)
         assert process.wait(60) == 1
@@ -117,7 +138,7 @@ def test_a_disk_that_goes_away(tmp_path: Path, undisturbed: dict[str, bytes]) ->
     assert not out.exists() or not any(out.rglob("*.safetensors")), "nothing is begun anew in its place"
     shutil.rmtree(out, ignore_errors=True)
     away.rename(out)
-    assert search(out).returncode == 0
+    assert search(out).code == 0
     assert contents(out) == undisturbed
 
 
@@ -129,6 +150,8 @@ LOST = [
     (RunDir, "finish", (1,)),
 ]
 """Where a search reads or writes its folder, and at which calls that goes away."""
+WHOLE: dict[str, bytes] = {}
+"""What that search leaves if nothing happens."""
 
 
 @pytest.mark.parametrize(("where", "name", "number"), [(*each, n) for *each, calls in LOST for n in calls])
@@ -152,8 +175,10 @@ def test_a_folder_that_goes_away_at_any_moment(
     assert calls[0] >= number and not out.exists()
     (tmp_path / "away").rename(out)
     run_search(make_recipe(), make_task(), out)
-    run_search(make_recipe(), make_task(), tmp_path / "whole")
-    assert contents(out) == contents(tmp_path / "whole")
+    if not WHOLE:
+        run_search(make_recipe(), make_task(), tmp_path / "whole")
+        WHOLE.update(contents(tmp_path / "whole"))
+    assert contents(out) == WHOLE
 
 
 def test_a_log_that_goes_away_is_missed(

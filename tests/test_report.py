@@ -228,6 +228,47 @@ def test_with_learning_rate_rewinding_the_start_is_that_of_round_0(run: RunDir) 
     assert movement.of_run(run, 3, [0, 1]) == before
 
 
+def rewritten(run: RunDir, **changes: Any) -> RunDir:
+    """The run with other values of some sections of its recipe, as if it had been searched so."""
+    plain = yaml.safe_load(run.recipe_file.read_text(encoding="utf-8"))
+    for key, value in changes.items():
+        section, name = key.split("__")
+        plain[section][name] = value
+    run.recipe_file.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    return run
+
+
+def test_a_measure_of_ones_own_is_not_called_accuracy(run: RunDir) -> None:
+    found = report.write(rewritten(run, train__metric="my.metrics:F1"))
+    text = found.page.read_text(encoding="utf-8")
+    assert "test metric (my.metrics:F1) at early stop" in text and "test accuracy" not in text.lower()
+
+
+def test_what_learning_rate_rewinding_and_foreign_weights_leave_unknown(run: RunDir) -> None:
+    for change in ({"prune__rewind": "lr"}, {"model__trained": "trained.pt"}):
+        judged = report.write(rewritten(run, **change)).claims
+        assert judged[1].status == "not tested" and "stops" in judged[1].figures
+    assert "from the initialization (lr) to the end" in (run.report_file).read_text(encoding="utf-8")
+
+
+def test_weights_that_have_not_moved_are_a_distribution_too(run: RunDir) -> None:
+    shutil.copy(run.start_file(0), run.trained_file(0))
+    found = movement.of_run(run, 3, [0])
+    assert found.means == [(0.0, 0.0)] and found.moved is not None
+    assert max(found.moved.one) == max(found.moved.other) == pytest.approx(movement.BINS), "all in the first bin of 40"
+
+
+def test_the_replicates_that_bands_are_of_are_counted() -> None:
+    def finished(number: int, *values: float) -> Round:
+        spread = results.Spread.of(values)
+        return Round(number, 0.8**number, results.Stats(spread, spread, spread), True, 0)
+
+    two, one = finished(0, 0.5, 0.6), finished(1, 0.5)
+    assert charts._over([two, two]) == "Bands and bars: 95 % intervals of the mean over 2 replicates."
+    assert charts._over([two, one]) == "Bands and bars: 95 % intervals of the mean over 1 to 2 replicates."
+    assert charts._over([one]) == "One replicate."
+
+
 def test_bfloat16_is_left_out_with_a_word(run: RunDir) -> None:
     for replicate in range(2):
         state = load_file(run.start_file(replicate))
@@ -249,7 +290,8 @@ def test_an_unfinished_run_without_evaluations(run: RunDir) -> None:
     run.log_file.write_text("\n".join(lines[:3]) + "\n")  # round 0, and one replicate of round 1
     written = report.write(run)
     page = Page(written.page.read_text(encoding="utf-8"))
-    assert len(page.tables["rounds"]) == 2 and "not finished" in page.text and "No winner" in page.text
+    assert len(page.tables["rounds"]) == 2 and "not finished" in page.text
+    assert "No pruned round was trained so far." in page.text
     assert "Not evaluated" in page.text and "holds no trained weights" in page.text
 
 

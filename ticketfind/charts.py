@@ -41,17 +41,18 @@ def of_run(
     chosen: Round,
 ) -> Iterable[Chart]:
     """Those that there are numbers for."""
-    number = recipe.run.replicates
-    spread = f"Bands and bars: 95 % intervals of the mean over {number} replicates." if number > 1 else "One replicate."
+    spread = _over(rounds)
+    measure = "test accuracy" if recipe.train.metric is None else f"test metric ({_printable(recipe.train.metric)})"
+    capital = f"T{measure[1:]}"
     yield Chart(
         "hill",
         "Accuracy against weights remaining",
-        "Test accuracy of the ticket of each round, the controls where they were evaluated, and the dense network"
-        f" (dashed). {spread} Where a line leaves the picture, its last value stands at its end.",
+        f"{capital} of the ticket of each round, the controls where they were evaluated, and the dense"
+        f" network (dashed). {spread} Where a line leaves the picture, its last value stands at its end.",
         "weights remaining",
         [
-            _against_weights(rounds, found, "accuracy_early", "test accuracy at early stop, %", 100),
-            _against_weights(rounds, found, "accuracy_end", "test accuracy at the end, %", 100),
+            _against_weights(rounds, found, "accuracy_early", f"{measure} at early stop, %", 100),
+            _against_weights(rounds, found, "accuracy_end", f"{measure} at the end, %", 100),
         ],
         by_weights=True,
     )
@@ -63,14 +64,16 @@ def of_run(
         [_against_weights(rounds, found, "early_stop", "early-stop iteration", 1)],
         by_weights=True,
     )
-    shown = sorted({0, (chosen.round or rounds[-1].round) // 2, chosen.round, rounds[-1].round})
-    if learning := [line for place, r in enumerate(shown) for line in _learning(rounds[r], curves(log, r), place)]:
+    last = len(rounds) - 1
+    winner = rounds.index(chosen)
+    shown = [rounds[place] for place in sorted({0, (winner or last) // 2, winner, last})]
+    if learning := [line for place, r in enumerate(shown) for line in _learning(r, curves(log, r.round), place)]:
         yield Chart(
             "curves",
             "Learning curves",
-            f"Test accuracy while training, at some shares of the weights. {spread}",
+            f"{capital} while training, at some shares of the weights. {spread}",
             "iteration",
-            [Panel(learning, "test accuracy, %")],
+            [Panel(learning, f"{measure}, %")],
         )
     if layers := _layers(rounds, log):
         yield Chart(
@@ -87,7 +90,7 @@ def of_run(
         if at is not None and most:
             where = f"At {_share(at.remaining)} of the weights. {spread}"
             keys = (
-                ("accuracy_early", "test accuracy at early stop, %", 100),
+                ("accuracy_early", f"{measure} at early stop, %", 100),
                 ("early_stop", "early-stop iteration", 1),
             )
             yield Chart(
@@ -104,6 +107,15 @@ _NOISE = (
     ("noise=", "Noise on the initial weights", "Noise is added before training, in units of the layer's own sigma."),
     ("weight-noise=", "Noise on the trained weights", "Noise is added after training; nothing is trained again."),
 )
+
+
+def _over(rounds: Sequence[Round]) -> str:
+    """What bands and bars are; some replicates may have failed on the way."""
+    least, most = (extreme(r.stats.replicates for r in rounds) for extreme in (min, max))
+    if most == 1:
+        return "One replicate."
+    number = f"{most}" if least == most else f"{least} to {most}"
+    return f"Bands and bars: 95 % intervals of the mean over {number} replicates."
 
 
 def _share(remaining: float) -> str:
@@ -204,12 +216,13 @@ def _against_noise(at: Evaluated, prefix: str, key: str, title: str, factor: flo
 
 def _distributions(weights: Movement, chosen: Round, recipe: Recipe) -> Iterable[Chart]:
     where = f"the masks of round {chosen.round or 1}"
+    began = "initialization" if recipe.prune.rewind == "lr" else "rewind point"
     if weights.moved is not None:
         moved = weights.moved
         yield Chart(
             "movement",
             "How far weights moved in the dense training",
-            f"|w_T - w_k| for {where}, from the rewind point ({recipe.prune.rewind}) to the end of round 0; each"
+            f"|w_T - w_k| for {where}, from the {began} ({recipe.prune.rewind}) to the end of round 0; each"
             " distribution has area one, and a thousandth of the weights may lie to the right.",
             "distance moved",
             [
@@ -229,7 +242,7 @@ def _distributions(weights: Movement, chosen: Round, recipe: Recipe) -> Iterable
         yield Chart(
             "initial",
             "Initial weights of what is kept",
-            f"By parameter, for {where}: the weights at the rewind point, all of them and those kept, each of area one."
+            f"By parameter, for {where}: the weights at the {began}, all of them and those kept, each of area one."
             + (f" {more} further parameters are not shown." if more else ""),
             "weight",
             [

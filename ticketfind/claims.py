@@ -69,6 +69,8 @@ class Findings:
     """Iterations between two evaluations: how exact early stops are."""
     last: int | None = None
     """Last iteration at which a training can stop."""
+    apart: str | None = None
+    """Why early stops of tickets and of the dense network do not compare; None where they do."""
     run: str = "RUN"
     """How the run is named on a command line."""
 
@@ -170,17 +172,21 @@ def _matches(found: Findings) -> list[Part] | str:
     accuracy, stops = compared(small.stats, dense, found), _stops(small.stats, dense, found)
     assert accuracy is not None and stops is not None
     later = above(stops, found.step)
+    sooner = Part(None if later is None else not later, f"it stops {_iterations(stops)} from the dense network")
     return [
         Part(
             above(accuracy, -found.tolerance - 1e-9),
             f"at {share(small.remaining)} {_percent(small.stats.accuracy_early)}, dense"
-            f" {_percent(dense.accuracy_early)}: {points(accuracy)}; down to {-100 * found.tolerance:.2f} it matches",
+            f" {_percent(dense.accuracy_early)}: {points(accuracy)};"
+            f" down to {-100 * found.tolerance or 0:.2f} it matches",
         ),
-        Part(None if later is None else not later, f"it stops {_iterations(stops)} from the dense network"),
+        sooner if found.apart is None else Part(None, found.apart),
     ]
 
 
 def _faster(found: Findings) -> list[Part] | str:
+    if found.apart is not None:
+        return found.apart
     small, dense = _small(found), found.rounds[0].stats
     if isinstance(small, str):
         return small

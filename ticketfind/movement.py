@@ -90,7 +90,8 @@ def _means(run: RunDir, round: int, replicate: int) -> tuple[float, float]:
 def _moved(run: RunDir, round: int, replicate: int) -> Histogram:
     import numpy as np
 
-    farthest = max(float(np.quantile(d, 0.999)) for _, d in _distances(run, round, replicate) if d.size)
+    distances = (float(np.quantile(d, 0.999)) for _, d in _distances(run, round, replicate) if d.size)
+    farthest = max(distances, default=0.0) or 1.0  # 1 where nothing has moved at all
     kept, pruned = np.zeros(BINS), np.zeros(BINS)
     for mask, distance in _distances(run, round, replicate):
         kept += np.histogram(distance[mask], BINS, (0, farthest))[0]

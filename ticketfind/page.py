@@ -36,7 +36,7 @@ def html(found: Contents) -> str:
     title = _subject(found.recipe)
     parts = [_head(found, title), _outcome(found)]
     parts += [_figure(chart, svg) for chart, svg in found.drawn[:1]]
-    parts.append(_rounds(found.rounds))
+    parts.append(_rounds(found.rounds, found.recipe.train.metric))
     parts += [_figure(chart, svg) for chart, svg in found.drawn[1:]]
     parts += [f'<p class="note">{_text(note)}</p>' for note in found.notes]
     if found.evaluated:
@@ -82,8 +82,9 @@ def _outcome(found: Contents) -> str:
     dense, winner = found.rounds[0], results.winner_of(found.rounds)
     tiles = []
     if winner is None:
-        lead = "No winner: no pruned round matches the dense network" + (" so far." if not found.is_finished else ".")
         last = found.rounds[-1]
+        lead = "No winner: no pruned round matches the dense network" if last.round else "No pruned round was trained"
+        lead += "." if found.is_finished else " so far."
         if last.round:
             tiles = [(_share(last.remaining), "of the weights in the sparsest round"), _tile(last, "it reaches")]
     else:
@@ -158,7 +159,7 @@ def _measures(stats: results.Stats) -> list[str]:
     return [_points(early), _within(early), _points(end), f"{stop.mean:,.0f}"]
 
 
-def _rounds(rounds: Sequence[Round]) -> str:
+def _rounds(rounds: Sequence[Round], metric: str | None) -> str:
     winner = results.winner_of(rounds)
 
     def word(finished: Round) -> str:
@@ -173,7 +174,8 @@ def _rounds(rounds: Sequence[Round]) -> str:
         )
         for finished in rounds
     ]
-    caption = "Every round: test accuracy, mean ± standard deviation over the replicates, and Student's interval"
+    measure = "test accuracy" if metric is None else f"test metric ({metric})"
+    caption = f"Every round: {measure}, mean ± standard deviation over the replicates, and Student's interval"
     return _table("rounds", caption, ("round", "left", *_HEADS, ""), rows)
 
 

@@ -175,6 +175,7 @@ def _findings(run: RunDir, found: Sequence[Evaluated] = (), moved: Sequence[tupl
         test_size=sizes[0] if sizes else None,
         step=max((b - a for a, b in itertools.pairwise(iterations)), default=1),
         last=iterations[-1] if iterations else None,
+        apart=_apart(recipe),
         run=str(run.path),
     )
 
@@ -208,3 +209,11 @@ def _without_dropout(recipe: Recipe) -> Recipe:
     """A recipe but for its dropout rate, its name and what is no part of the question."""
     args = {name: value for name, value in recipe.model.args.items() if name not in beside.RATES}
     return dataclasses.replace(recipe, name="", model=dataclasses.replace(recipe.model, args=args), run=Run())
+
+
+def _apart(recipe: Recipe) -> str | None:
+    if recipe.model.trained:
+        return "the dense network was trained elsewhere, and when it stops is not known"
+    if recipe.prune.rewind == "lr":
+        return "with --rewind lr a round goes on from trained weights: when it stops does not compare"
+    return None

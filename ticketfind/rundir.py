@@ -6,6 +6,7 @@ runs/NAME/  recipe.yaml  log.jsonl  init/  masks/  ticket.safetensors  evals/   
 import itertools
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -84,6 +85,14 @@ class RunDir:
     def mask_file(self, round: int, replicate: int) -> Path:
         """The masks that a round trains under."""
         return self.path / "masks" / f"{round:02}-{replicate}.safetensors"
+
+    def masks(self) -> set[tuple[int, int]]:
+        """(round, replicate) of every mask that is there."""
+        names = (
+            re.fullmatch(r"(\d{2,6})-(\d{1,6})", file.stem)
+            for file in self.mask_file(0, 0).parent.glob("*.safetensors")
+        )
+        return {(int(found[1]), int(found[2])) for found in names if found}
 
     @property
     def arms_folder(self) -> Path:

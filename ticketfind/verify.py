@@ -82,7 +82,7 @@ def of_run(run: RunDir) -> list[Check]:
         return [Check("the log is sound", False, str(error))]
     trained = [line for line in log if "failed" not in line]
     lines = {(line["round"], line["replicate"]): line for line in trained}
-    drawn = {at for at in lines if at[0] > 0} | {(r + 1, i) for r, i in lines if run.mask_file(r + 1, i).exists()}
+    drawn = {at for at in lines if at[0] > 0} | run.masks()
     checks = [
         Check("the log is sound", True, f"{len(rounds)} finished rounds, {len(lines)} trainings"),
         _all("masks are nested, round by round", "masks", drawn, lambda at: _nested(run, *at)),
