@@ -51,7 +51,7 @@ class Attacked:
 
     @classmethod
     def of(cls, found: Mapping[str, Mapping[int, Sequence[float]]], examples: int) -> "Attacked":
-        """From arm -> replicate -> accuracies of its trials, which are averaged. examples: attacked, at most."""
+        """From arm -> replicate -> accuracies of its trials, which are averaged. examples: how many were attacked."""
         arms = {
             arm: Spread.of(statistics.fmean(trials) for _, trials in sorted(by_replicate.items()))
             for arm, by_replicate in found.items()

@@ -170,6 +170,7 @@ def evaluate(
         low = [name for name, found in stats.items() if results.is_chance(found, task.chance, test_size)]
         notes += [f"{name} is at chance level ({task.chance:.1%}): nothing was learned" for name in low]
     remaining = design.tickets[0].remaining
+    attacked = min(design.attack_examples, test_size or design.attack_examples)
     return Evaluation(
         remaining=remaining,
         against=design.against[0].remaining if design.against else None,
@@ -177,7 +178,7 @@ def evaluate(
         trials=design.trials if of > 1 else 1,
         verdict=verdict(stats, remaining, tolerance=tolerance, test_size=test_size, lost=lost),
         notes=tuple(notes),
-        attacks={name: Attacked.of(found, design.attack_examples) for name, found in robust.items()},
+        attacks={name: Attacked.of(found, attacked) for name, found in robust.items()},
     )
 
 
