@@ -29,9 +29,10 @@ from ticketfind.devices import Way
 from ticketfind.engine import Lockstep, Rehearsed, Replayed
 from ticketfind.examples import source_of
 from ticketfind.lanes import Lane, Member, Stack
+from ticketfind.outputs import cross_entropy
 from ticketfind.recipe import Recipe, Train
 from ticketfind.streams import Stream
-from ticketfind.train import cross_entropy, fit
+from ticketfind.train import fit
 
 processes = pytest.mark.skipif(sys.platform != "linux", reason="arms side by side need Linux")
 

@@ -137,10 +137,10 @@ def test_the_training_goes_on_while_one_is_written(monkeypatch: pytest.MonkeyPat
     """And offers no other until that is done, but waits where one is asked for."""
     may_end, order = threading.Event(), []
 
-    def slowly(path: Path, tensors: Any, metadata: Any) -> None:
+    def slowly(path: Path, tensors: Any, metadata: Any, **more: Any) -> None:
         assert may_end.wait(10)
         order.append(int(tensors["training/0"][0]))
-        tensorfile.save_tensors(path, tensors, metadata)
+        tensorfile.save_tensors(path, tensors, metadata, **more)
 
     monkeypatch.setattr(snapshots, "save_tensors", slowly)
     monkeypatch.setattr(snapshots, "SHARE", 1e9)

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,45 @@ def test_a_checkpoint_of_another_task(run: Any) -> None:
             assert name.endswith("bias") or not torch.equal(value, starts[1][name]), "a head of its own"
         else:
             assert torch.equal(value, saved[f"module.{name}"]) and torch.equal(value, starts[1][name])
+
+
+def has_graph() -> bool:
+    return find_spec("orangecontrib") is not None and find_spec("orangecontrib.network") is not None
+
+
+@pytest.mark.skipif(not has_graph(), reason="orange3-network is not installed: no graph")
+def test_a_graph(run: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run("search", *small("graph", iterations=80, rounds=2, replicates=2))
+    assert found["dense"]["accuracy_early"]["mean"] > 0.5, "one of twelve by chance"
+    masks = load_file("runs/graph/masks/02-0.safetensors")
+    assert masks.keys() == {"edge_weight", "node.weight", "head.weight"}
+    edges = masks["edge_weight"].numel()
+    once = edges - round(edges * 0.1)
+    assert int(masks["edge_weight"].sum()) == once - round(once * 0.1), "edges have a fraction of their own"
+    assert (load_file("runs/graph/init/0.safetensors")["edge_weight"] == 1).all()
+
+    graph = specs.load_object(f"{EXAMPLES / 'graph.py'}:explain", "example")
+    monkeypatch.setattr(sys, "argv", ["graph.py", "--explain", "runs/graph"])
+    graph("runs/graph")
+    said = capfd.readouterr().out
+    shares = [100 * load_file(f"runs/graph/masks/02-{r}.safetensors")["edge_weight"].float().mean() for r in range(2)]
+    assert f"all edges   {edges} {sum(shares) / 2:6.1f}" in said
+
+
+@pytest.mark.skipif(not has_graph(), reason="orange3-network is not installed: no graph")
+def test_a_graph_convolution_is_the_product_of_dense_matrices() -> None:
+    load = lambda name: specs.load_object(f"{EXAMPLES / 'graph.py'}:{name}", "example")  # noqa: E731
+    network, (edges, names, _) = load("Network")(dropout=0), load("artists")()
+    with torch.no_grad():
+        network.edge_weight.uniform_()
+    n = len(names)
+    weight = torch.zeros(n, n, dtype=torch.float64)
+    weight[edges[0], edges[1]] = weight[edges[1], edges[0]] = network.edge_weight.detach().double()
+    joined = torch.zeros(n, n, dtype=torch.float64)
+    joined[edges[0], edges[1]] = joined[edges[1], edges[0]] = 1
+    scale = (joined + torch.eye(n)).sum(1).rsqrt()  # Kipf & Welling: D^-1/2 (A + I) D^-1/2
+    a = scale[:, None] * (weight + torch.eye(n)) * scale
+    one, two = network.double().node, network.head
+    expected = a @ ((a @ one.weight.T + one.bias).relu() @ two.weight.T + two.bias)
+    nodes = torch.tensor([5, 0, 1238])
+    torch.testing.assert_close(network(nodes), expected[nodes])
