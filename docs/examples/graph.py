@@ -124,7 +124,7 @@ def explain(run):
 SETTINGS = [
     "--model", f"{__file__}:Network", "--data", f"{__file__}:labeled", "--out", "runs/graph",
     "--prune-only", "edge_weight", "--prune-only", "node.weight", "--prune-only", "head.weight", "--scope", "layer",
-    "--prune", "*=0.2", "--prune", "edge_weight=0.1", "--rounds", "16", "--rewind", "0it", "--replicates", "5",
+    "--prune", "*=0.05", "--prune", "edge_weight=0.2", "--rounds", "10", "--rewind", "0it", "--replicates", "5",
     "--iterations", "150", "--batch-size", "300", "--lr", "0.01",
 ]  # fmt: skip
 
