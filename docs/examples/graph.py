@@ -2,7 +2,7 @@
 
     pip install --no-deps orange3-network              # for the graph that it ships; nothing of it is imported
     python docs/examples/graph.py                      # searches with the settings at the end of this file
-    python docs/examples/graph.py --explain runs/graph # which edges and nodes the tickets have left out
+    python docs/examples/graph.py --explain runs/graph 6 # which edges and nodes the masks of round 6 have left out
 
 1,239 music artists of last.fm (2010), each joined to the five that are most similar to it there. What is to be told is
 an artist's most frequent tag, from its place in the graph alone. No package was found that ships a graph of papers and
@@ -86,7 +86,7 @@ class Network(nn.Module):
 
 
 def explain(run):
-    """By kind of edge and of node, which share a run's winning masks (all replicates) have kept."""
+    """By kind of edge and node, which share the masks of a round (the last, or as told) have kept; all replicates."""
     from safetensors.torch import load_file
 
     edges, _, classes = artists()
@@ -124,8 +124,8 @@ def explain(run):
 SETTINGS = [
     "--model", f"{__file__}:Network", "--data", f"{__file__}:labeled", "--out", "runs/graph",
     "--prune-only", "edge_weight", "--prune-only", "node.weight", "--prune-only", "head.weight", "--scope", "layer",
-    "--prune", "*=0.05", "--prune", "edge_weight=0.2", "--rounds", "10", "--rewind", "0it", "--replicates", "5",
-    "--iterations", "150", "--batch-size", "300", "--lr", "0.01",
+    "--prune", "*=0.05", "--prune", "edge_weight=0.2", "--rounds", "8", "--rewind", "0it", "--replicates", "5",
+    "--iterations", "600", "--batch-size", "300", "--lr", "0.02",
 ]  # fmt: skip
 
 if __name__ == "__main__":
