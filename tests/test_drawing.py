@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ticketfind import TicketfindError, contents, masks, verify
 from ticketfind.arms import Arm, Look, Outcome, Task, Watched
 from ticketfind.batches import Order
+from ticketfind.course import Failed
 from ticketfind.devices import Way
 from ticketfind.drawing import Drawing, Settled
 from ticketfind.masks import Group
@@ -361,3 +362,79 @@ def test_contradictions(settings: dict[str, Any], message: str, make_recipe: Cal
     with pytest.raises(RecipeError) as error:
         make_recipe(settings)
     assert message in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------ what fails
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, module: str, places: set[tuple[int, int]]) -> None:
+    """Have a module's trainings of these (round, replicate) fail."""
+
+    def some(*args: Any, **more: Any) -> Any:
+        for arm, outcome in fit(*args, **more):
+            is_bad = (arm.round, arm.replicate) in places
+            yield arm, Failed(1, "the loss is not finite") if is_bad else outcome
+
+    monkeypatch.setattr(f"ticketfind.{module}.fit", some)
+
+
+def stopping(limit: int) -> Mock:
+    """A watch that ends the search after so many iterations."""
+    watch = Mock(spec_set=["begin", "tick", "skip", "round", "note"])
+    done = 0
+
+    def tick(iterations: int) -> None:
+        nonlocal done
+        done += iterations
+        if done > limit:
+            raise Enough
+
+    watch.tick = tick
+    return watch
+
+
+class Enough(BaseException):
+    pass
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("engine", ["eager", "stacked"])
+@pytest.mark.parametrize(
+    ("settings", "apart", "places", "measured"),
+    [
+        ({"prune.every": 4}, True, {(1, 1)}, [2, 2, 1, 1]),  # it has a mask for round 1, and none for the next
+        ({"prune.every": 4}, True, {(0, 0)}, [2, 1, 1, 1]),
+        ({"prune.every": 4}, False, {(0, 1)}, [1, 1, 1, 1]),  # the dense training
+        ({"prune.mask_stop": 1.0}, True, {(1, 1)}, [2, 2, 1, 1]),
+        ({"prune.mask_stop": 1.0}, False, {(2, 0)}, [2, 2, 1, 1]),
+        ({"prune.ahead": [2]}, False, {(1, 1)}, [2, 1, 1, 1]),  # measured after round 2
+        ({"prune.every": 4}, True, {(0, 0), (0, 1)}, [2]),
+        ({"prune.mask_stop": 1.0, "prune.until_fails": True}, True, {(1, 0), (1, 1)}, [2, 2]),
+        ({"prune.ahead": [2]}, False, {(2, 0), (2, 1)}, [2, 2]),
+    ],
+)
+def test_a_replicate_that_fails_takes_nothing_with_it(
+    settings: dict[str, Any], apart: bool, places: set[tuple[int, int]], measured: list[int], engine: str,
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """And a search that is stopped again and again ends in the same bytes, with one line for each failure."""
+    recipe = make_recipe({**settings, "run.engine": engine, "run.arms_at_once": 2, "prune.rewind": "2it"})
+    failing(monkeypatch, "drawing" if apart else "search", places)
+    rounds = run_search(recipe, make_task(), tmp_path / "whole")
+    assert [len(round.replicates) for round in rounds] == measured
+    assert [round.round for round in rounds] == [*range(len(measured))]
+    log = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
+    assert len([line for line in log if "failed" in line]) == len(places)
+    assert all(check.passed is not False for check in verify.of_run(RunDir(tmp_path / "whole")))
+    for _ in range(40):
+        try:
+            run_search(recipe, make_task(), tmp_path / "cut", watch=stopping(25))
+        except Enough:
+            assert all(check.passed is not False for check in verify.of_run(RunDir(tmp_path / "cut")))
+            continue
+        break
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
