@@ -69,10 +69,11 @@ def _replicates(run: RunDir, recipe: Recipe, rounds: list[results.Round], round:
 
 
 def _draws_apart(recipe: Recipe) -> bool:
-    """Whether masks are drawn that are not measured: from weights that are trained already, or for themselves."""
+    """Whether masks are drawn that are not measured: from weights that are trained already, for themselves, or
+    several from one training."""
     prune = recipe.prune
     one_shot = recipe.model.trained is not None and prune.rounds == 1
-    return one_shot or prune.every is not None or prune.mask_stop is not None
+    return one_shot or prune.every is not None or prune.mask_stop is not None or prune.ahead != (1,)
 
 
 @dataclass(frozen=True)
