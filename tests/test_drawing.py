@@ -276,7 +276,7 @@ def test_until_fails_brackets_where_masks_are_drawn_apart(
     assert contents.chosen(run, None).round == 5
     assert contents.load(run, 7, 1).about.claims.keys() == {"dense"}
     assert contents.load(run, 4, 1).about.claims.keys() == {"dense", "ticket"}
-    with pytest.raises(TicketfindError, match="round: expected 4 or 5 or 6, found 9"):
+    with pytest.raises(TicketfindError, match="round: expected 1 to 8, found 9"):
         contents.chosen(run, 9)
     again = run_search(recipe, make_task(), tmp_path / "run")  # it is finished
     assert [round.round for round in again] == [0, 4, 5, 6]
@@ -535,3 +535,24 @@ def test_each_arm_in_step_is_looked_at_each_time(
     arms = [Arm(f"a{seed}", task.start(seed), {}, seed, replicate=seed) for seed in range(2)]
     [*_] = fit(arms, task, make_train(), way=way_of("stacked"), watched=Watched(every=4, enough=enough))
     assert asked == [(4, 0), (4, 1), (8, 0), (8, 1), (12, 0), (12, 1)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "apart", "places"),
+    [
+        ({"prune.every": 4}, True, {(1, 1)}),
+        ({"prune.every": 4}, False, {(0, 1)}),
+        ({"prune.ahead": [2]}, False, {(1, 1)}),
+    ],
+)
+def test_what_a_failure_spares_is_counted(
+    settings: dict[str, Any], apart: bool, places: set[tuple[int, int]], make_task: Callable[..., Task],
+    make_recipe: Callable[..., Recipe], run_search: Search, watch: Mock, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The failures here are told of when the training is over: all of it has been done."""
+    failing(monkeypatch, "drawing" if apart else "search", places)
+    run_search(make_recipe(settings), make_task(), tmp_path / "run")
+    total, _ = watch.begin.call_args.args
+    skipped = sum(call.args[0] for call in watch.skip.call_args_list)
+    assert total - skipped == sum(call.args[0] for call in watch.tick.call_args_list)

@@ -28,7 +28,7 @@ from ticketfind.scores import Score, Seen
 from ticketfind.train import fit
 
 EXAMPLES = 1000
-"""Training examples, at the least, that a score before training looks at; in the training's own batches."""
+"""Training examples, at the least, that a score before training looks at; in batches as the training's."""
 
 
 @dataclass(frozen=True)

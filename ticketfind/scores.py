@@ -30,15 +30,15 @@ class Seen:
     """What a score may look at. All by parameter name, in the parameters' shapes."""
 
     trained: Weights
-    """After the training; pruned ones are zero."""
+    """After the training, or where it is on its way; pruned ones are zero."""
     initial: Weights
-    """At the rewind point; pruned ones are not zero."""
+    """At the rewind point, or after the last pruning on the way; what `masks` prunes need not be zero."""
     masks: Masks
     """That it was trained under: only what these keep is ranked."""
     path: Weights | None = None
-    """The sum over the training's iterations of |w_t - w_(t-1)|, for a score that asks for it."""
+    """The sum of |w_t - w_(t-1)| over the iterations since, for a score that asks for it."""
     network: Network | None = None
-    """None where the training is a program of the user's own."""
+    """For a score that asks for it."""
 
 
 Function = Callable[[Seen], Weights]

@@ -145,8 +145,7 @@ class _Job:
         """Train for the mask of the next round and nothing else."""
         dense = {line["replicate"] for line in self.run.log() if line["round"] == 0 and "failed" not in line}
         alive = [replicate for replicate in self.alive(round) if replicate in dense]
-        over = {line["replicate"] for line in self.run.drawn() if line["round"] == round}
-        over |= {replicate for replicate, line in self.failures().items() if _last_alive(line) == round}
+        over = self.drawn_over(round)
         todo = self.todo(alive, over)
         arms = [self.arm(round, replicate, for_mask=True) for replicate in todo]
         trainings = self.drawing.trainings(
@@ -201,6 +200,11 @@ class _Job:
         """Replicates whose training in a round is over, if only because it failed."""
         return {line["replicate"] for line in self.run.log() if line["round"] == round}
 
+    def drawn_over(self, round: int) -> set[int]:
+        """The same of the training for the next mask alone."""
+        drawn = {line["replicate"] for line in self.run.drawn() if line["round"] == round}
+        return drawn | {replicate for replicate, line in self.failures().items() if _last_alive(line) == round}
+
     def todo(self, alive: Sequence[int], over: set[int]) -> list[int]:
         """Replicates to train. Of those that are trained in step all, or none: their numbers may depend on it."""
         in_step = Way.of(self.recipe.run).in_step
@@ -218,7 +222,7 @@ class _Job:
                 done += count * (len(alive) - len(todo)) + self.snapshots.done(round, todo)
             if round in self.plan.drawn:
                 own = [line["iterations"] for line in self.run.drawn() if line["round"] == round]
-                total += count * (len(alive) - len(own)) + sum(own)
+                total += count * len(set(alive) - self.drawn_over(round)) + sum(own)
                 done += sum(own)
         return total, done
 
@@ -350,7 +354,10 @@ class _Job:
     def fail(self, round: int, replicate: int, arm: Arm, outcome: Failed, *, untrained: bool = False) -> None:
         """End a replicate in a round. untrained: it is the training for this round's mask that failed."""
         self.watch.note(f"{arm.name}: {outcome.reason}; it ends here, and the other replicates go on")
-        self.watch.skip(sum(self.plan.iterations[round + (not untrained) :]))
+        over = {line["round"] for line in self.run.log() if line["replicate"] == replicate}
+        unmeasured = {*range(round + (not untrained), self.plan.measured)} - over
+        undrawn = [later for later in self.plan.drawn if later >= round] if untrained or round == 0 else []
+        self.watch.skip(sum(self.plan.iterations[later] for later in (*unmeasured, *undrawn)))
         line = {"round": round, "replicate": replicate, "failed": f"{arm.name}: {outcome.reason}"}
         self.run.append({**line, "untrained": True} if untrained else line)
 
