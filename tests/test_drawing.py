@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from ticketfind import TicketfindError, contents, masks, verify
+from ticketfind import TicketfindError, contents, masks, train, verify
 from ticketfind.arms import Arm, Look, Outcome, Task, Watched
 from ticketfind.batches import Order
+from ticketfind.course import Failed
 from ticketfind.devices import Way
 from ticketfind.drawing import Drawing, Settled
 from ticketfind.masks import Group
@@ -23,6 +24,7 @@ from ticketfind.recipe import Recipe, RecipeError, Train
 from ticketfind.rundir import RunDir
 from ticketfind.scores import SCORES, Seen, scored
 from ticketfind.train import fit
+from ticketfind.updates import Update
 
 SHAPES = {"fc1.weight": (16, 12), "fc2.weight": (12, 16), "fc3.weight": (4, 12)}
 Search = Callable[..., Any]
@@ -274,7 +276,7 @@ def test_until_fails_brackets_where_masks_are_drawn_apart(
     assert contents.chosen(run, None).round == 5
     assert contents.load(run, 7, 1).about.claims.keys() == {"dense"}
     assert contents.load(run, 4, 1).about.claims.keys() == {"dense", "ticket"}
-    with pytest.raises(TicketfindError, match="round: expected 4 or 5 or 6, found 9"):
+    with pytest.raises(TicketfindError, match="round: expected 1 to 8, found 9"):
         contents.chosen(run, 9)
     again = run_search(recipe, make_task(), tmp_path / "run")  # it is finished
     assert [round.round for round in again] == [0, 4, 5, 6]
@@ -310,7 +312,9 @@ def test_until_fails_measures_between_the_trainings_that_draw_ahead(
     assert [(round.round, round.matching) for round in rounds] == [
         (0, True), (4, True), (5, True), (6, False), (8, False),
     ]  # fmt: skip
-    assert contents.chosen(RunDir(tmp_path / "run"), None).round == 5
+    run = RunDir(tmp_path / "run")
+    assert contents.chosen(run, None).round == 5
+    assert contents.load(run, 3, 1).about.claims.keys() == {"dense"}  # drawn, and not measured
 
 
 def test_a_search_that_draws_apart_goes_on_to_the_same_bytes(
@@ -355,9 +359,200 @@ def test_a_search_that_draws_apart_goes_on_to_the_same_bytes(
         ({"prune.mask_stop": 1.5}, "prune.mask_stop: expected a number above 0, up to 1, found 1.5"),
         ({"prune.every": 3, "train.trainer": "a:b"}, "prune.every: expected null, as a training of your own"),
         ({"prune.score": "synflow", "train.trainer": "a:b"}, "prune.score: expected one of a training's ends"),
+        (
+            {"prune.score": "path_length", "model.trained": "t", "model.checkpoint": "c"},
+            "prune.score: expected one of a training's ends, as model.trained shows no way there, found path_length",
+        ),
+        (
+            {"prune.every": 3, "model.trained": "t", "model.checkpoint": "c"},
+            "prune.every: expected null, as model.trained stands for a training that is over, found 3",
+        ),
+        ({"prune.every": 9, "prune.rewind": 4}, "prune.every: expected 1 to the 8 iterations of a round, found 9"),
     ],
 )
 def test_contradictions(settings: dict[str, Any], message: str, make_recipe: Callable[..., Recipe]) -> None:
     with pytest.raises(RecipeError) as error:
         make_recipe(settings)
     assert message in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------ what fails
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, module: str, places: set[tuple[int, int]]) -> None:
+    """Have a module's trainings of these (round, replicate) fail."""
+
+    def some(*args: Any, **more: Any) -> Any:
+        for arm, outcome in fit(*args, **more):
+            is_bad = (arm.round, arm.replicate) in places
+            yield arm, Failed(1, "the loss is not finite") if is_bad else outcome
+
+    monkeypatch.setattr(f"ticketfind.{module}.fit", some)
+
+
+def stopping(limit: int) -> Mock:
+    """A watch that ends the search after so many iterations."""
+    watch = Mock(spec_set=["begin", "tick", "skip", "round", "note"])
+    done = 0
+
+    def tick(iterations: int) -> None:
+        nonlocal done
+        done += iterations
+        if done > limit:
+            raise Enough
+
+    watch.tick = tick
+    return watch
+
+
+class Enough(BaseException):
+    pass
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("engine", ["eager", "stacked"])
+@pytest.mark.parametrize(
+    ("settings", "apart", "places", "measured"),
+    [
+        ({"prune.every": 4}, True, {(1, 1)}, [2, 2, 1, 1]),  # it has a mask for round 1, and none for the next
+        ({"prune.every": 4}, True, {(0, 0)}, [2, 1, 1, 1]),
+        ({"prune.every": 4}, False, {(0, 1)}, [1, 1, 1, 1]),  # the dense training
+        ({"prune.mask_stop": 1.0}, True, {(1, 1)}, [2, 2, 1, 1]),
+        ({"prune.mask_stop": 1.0}, False, {(2, 0)}, [2, 2, 1, 1]),
+        ({"prune.ahead": [2]}, False, {(1, 1)}, [2, 1, 1, 1]),  # measured after round 2
+        ({"prune.every": 4}, True, {(0, 0), (0, 1)}, [2]),
+        ({"prune.mask_stop": 1.0, "prune.until_fails": True}, True, {(1, 0), (1, 1)}, [2, 2]),
+        ({"prune.ahead": [2]}, False, {(2, 0), (2, 1)}, [2, 2]),
+    ],
+)
+def test_a_replicate_that_fails_takes_nothing_with_it(
+    settings: dict[str, Any], apart: bool, places: set[tuple[int, int]], measured: list[int], engine: str,
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """And a search that is stopped again and again ends in the same bytes, with one line for each failure."""
+    recipe = make_recipe({**settings, "run.engine": engine, "run.arms_at_once": 2, "prune.rewind": "2it"})
+    failing(monkeypatch, "drawing" if apart else "search", places)
+    rounds = run_search(recipe, make_task(), tmp_path / "whole")
+    assert [len(round.replicates) for round in rounds] == measured
+    assert [round.round for round in rounds] == [*range(len(measured))]
+    log = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
+    assert len([line for line in log if "failed" in line]) == len(places)
+    assert all(check.passed is not False for check in verify.of_run(RunDir(tmp_path / "whole")))
+    for _ in range(40):
+        try:
+            run_search(recipe, make_task(), tmp_path / "cut", watch=stopping(25))
+        except Enough:
+            assert all(check.passed is not False for check in verify.of_run(RunDir(tmp_path / "cut")))
+            continue
+        break
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("when", ["the weights", "the loss"])
+@pytest.mark.parametrize("settings", [{"prune.every": 4}, {"prune.mask_stop": 0.0001}])
+@pytest.mark.parametrize("engine", ["eager", "stacked"])
+def test_a_training_whose_numbers_end_on_its_way_takes_no_other_with_it(
+    when: str, settings: dict[str, Any], engine: str, make_task: Callable[..., Task],
+    make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Its weights are looked at before they are scored: the first arm of the first mask's training has lost them."""
+    own, looks = train.Lockstep.states, []
+
+    def states(self: Any) -> Any:
+        found = own(self)
+        looks.append(len(found))
+        if self is training[0]:
+            found[0]["fc1.weight"][0, 0] = torch.nan
+        return found
+
+    training: list[Any] = [None]
+    advance = train.Lockstep.advance
+
+    def bad(self: Any, iterations: int) -> Any:
+        losses = advance(self, iterations)
+        if watching and training[0] is None:
+            training[0] = self
+        if self is training[0] and when == "the loss":
+            losses[0][0] = float("nan")
+        return losses
+
+    watching: list[bool] = []
+
+    def apart(*args: Any, **more: Any) -> Any:
+        watching.append(True)
+        yield from fit(*args, **more)
+        watching.clear()
+
+    monkeypatch.setattr("ticketfind.drawing.fit", apart)
+    monkeypatch.setattr(train.Lockstep, "states", states)
+    monkeypatch.setattr(train.Lockstep, "advance", bad)
+    recipe = make_recipe({**settings, "run.engine": engine, "run.arms_at_once": 2})
+    rounds = run_search(recipe, make_task(), tmp_path / "run")
+    assert looks
+    drawn = 1 if "prune.every" in settings else 2  # the round whose mask the first training is for
+    assert [round.replicates for round in rounds] == [(0, 1)] * drawn + [(1,)] * (4 - drawn)
+
+
+def test_paths_of_half_precision_are_added_up_in_whole(
+    make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    """In bfloat16 a sum does not grow any more by what is less than a 256th of it."""
+    update = Update(
+        [torch.zeros(1, dtype=torch.bfloat16, requires_grad=True)], [None], make_train(lr=1.0), None, paths=True
+    )
+    (leaf,) = update._leaves
+    for sign in [1, -1] * 500:
+        update(sign * leaf.sum(), 1.0)
+    assert update.paths[0].tolist() == [1000.0]
+
+
+def test_a_frozen_parameter_has_gone_nowhere(
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
+) -> None:
+    task = make_task()
+    task.model.fc2.weight.requires_grad_(False)
+    recipe = make_recipe({"prune.score": "path_length", "prune.only": ["fc*.weight"]})
+    run_search(recipe, task, tmp_path / "run", SCORES["path_length"])
+    found = load_file(tmp_path / "run/masks/01-0.safetensors")["fc2.weight"].flatten()
+    assert found.tolist() == [True] * 134 + [False] * 58  # ties go by place
+
+
+def test_each_arm_in_step_is_looked_at_each_time(
+    make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    """What an arm says of two looks in a row is of two looks in a row, whatever the arms before it say."""
+    asked: list[tuple[int, int]] = []
+
+    def enough(arm: Arm, look: Look) -> bool:
+        asked.append((look.at, arm.replicate))
+        return False
+
+    task = make_task()
+    arms = [Arm(f"a{seed}", task.start(seed), {}, seed, replicate=seed) for seed in range(2)]
+    [*_] = fit(arms, task, make_train(), way=way_of("stacked"), watched=Watched(every=4, enough=enough))
+    assert asked == [(4, 0), (4, 1), (8, 0), (8, 1), (12, 0), (12, 1)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "apart", "places"),
+    [
+        ({"prune.every": 4}, True, {(1, 1)}),
+        ({"prune.every": 4}, False, {(0, 1)}),
+        ({"prune.ahead": [2]}, False, {(1, 1)}),
+    ],
+)
+def test_what_a_failure_spares_is_counted(
+    settings: dict[str, Any], apart: bool, places: set[tuple[int, int]], make_task: Callable[..., Task],
+    make_recipe: Callable[..., Recipe], run_search: Search, watch: Mock, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The failures here are told of when the training is over: all of it has been done."""
+    failing(monkeypatch, "drawing" if apart else "search", places)
+    run_search(make_recipe(settings), make_task(), tmp_path / "run")
+    total, _ = watch.begin.call_args.args
+    skipped = sum(call.args[0] for call in watch.skip.call_args_list)
+    assert total - skipped == sum(call.args[0] for call in watch.tick.call_args_list)

@@ -121,3 +121,13 @@ print(loaded - before, held() - before)
     ).stdout
     loaded, compared = (1024 * int(number) for number in found.split())
     assert loaded < 8e6 and compared < 30e6  # of 200 MB
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("magnitude_per_layer", 4), ("large_init_large_final", 8), ("small_init_small_final", 8)]
+)
+def test_a_score_of_a_whole_layer_takes_one_layer_at_a_time(name: str, width: int, weights: dict[str, Tensor]) -> None:
+    whole = {key: torch.ones(SIZE, dtype=torch.bool) for key in weights}
+    with Held() as held:
+        scored(SCORES[name], Seen(weights, weights, whole), seed=0)
+    assert held.most <= width * COUNT * SIZE + 48 * SIZE

@@ -18,7 +18,7 @@ from ticketfind.batches import Data, Order, Split, derived_seed
 from ticketfind.drawing import EXAMPLES, Drawing
 from ticketfind.layers import from_layers
 from ticketfind.masks import Group, Masks, Weights
-from ticketfind.recipe import BEFORE_TRAINING, SCORE_NAMES, Train
+from ticketfind.recipe import BEFORE_TRAINING, OF_THE_WAY, SCORE_NAMES, Train
 from ticketfind.scores import SCORES, Score, Seen, by_function, scored
 
 TRAINED, INITIAL = np.array([[-3.0, 0.5], [1.0, 0.0]], np.float32), np.array([[1.0, -2.0], [1.0, -0.5]], np.float32)
@@ -32,6 +32,7 @@ def seen(trained: np.ndarray = TRAINED, initial: np.ndarray = INITIAL, **more: W
 def test_the_recipe_knows_every_score() -> None:
     assert set(SCORE_NAMES) == SCORES.keys()
     assert set(BEFORE_TRAINING) == {name for name, score in SCORES.items() if score.needs_network}
+    assert set(OF_THE_WAY) == {name for name, score in SCORES.items() if score.needs_path}
 
 
 @pytest.mark.parametrize(
@@ -286,3 +287,35 @@ def test_steps_lead_to_the_count(task: Task) -> None:
     n = masks.count(old_masks())
     k = n - round(n * 0.4)
     assert seen_counts[:7] == [round(n * (k / n) ** (step / 7)) for step in range(7)]
+
+
+class Tied(nn.Module):
+    """[b, 6] -> [b, 6]: one weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize("name", BEFORE_TRAINING)
+def test_a_tied_weight_counts_in_both_places(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    split = Split(torch.randn(32, 6, generator=generator), torch.randint(6, (32,), generator=generator))
+    torch.manual_seed(3)
+    model = Tied()
+    task = Task(model, Data(split, split, split), torch.device("cpu"), fresh=lambda seed: dict(model.state_dict()))
+    state = {key: value.detach() for key, value in task.start(0).items()}
+    drawing = Drawing(SCORES[name], task, HOW, [Group(("a.weight",), 0.4)], {"a.weight": (6, 6)})
+    seen = drawing.seen(Arm("x", state, {}, 0), state, state, None)
+    found = scored(SCORES[name], seen, seed=0)["a.weight"]
+    if name == "snip":
+        model.zero_grad()
+        every = [*itertools.islice(task.data.training(Order(derived_seed(0, "score", 0), 32, 0, 32)), 32)]
+        for x, y in every:
+            (F.cross_entropy(model(x), y) / len(every)).backward()
+        torch.testing.assert_close(found, (model.a.weight * model.a.weight.grad).abs().detach())
+    assert bool((found != 0).any())

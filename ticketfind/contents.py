@@ -61,7 +61,10 @@ def _replicates(run: RunDir, recipe: Recipe, rounds: list[results.Round], round:
         found = tuple(r for r in rounds[0].replicates if run.mask_file(round, r).exists())
     if round >= 1 and found:
         return found
-    numbers = [str(each.round) for each in rounds if each.round]
+    known = {each.round for each in rounds if each.round}
+    if rounds and _draws_apart(recipe):
+        known |= {number for number, replicate in run.masks() if replicate in rounds[0].replicates}
+    numbers = [str(number) for number in sorted(known)]
     whole = len(numbers) > 1 and numbers == [str(n) for n in range(1, len(numbers) + 1)]
     there = f"1 to {len(numbers)}" if whole else " or ".join(numbers)
     there = there or "a finished pruned round, of which the run has none"
@@ -69,10 +72,11 @@ def _replicates(run: RunDir, recipe: Recipe, rounds: list[results.Round], round:
 
 
 def _draws_apart(recipe: Recipe) -> bool:
-    """Whether masks are drawn that are not measured: from weights that are trained already, or for themselves."""
+    """Whether masks are drawn that are not measured: from weights that are trained already, for themselves, or
+    several from one training."""
     prune = recipe.prune
     one_shot = recipe.model.trained is not None and prune.rounds == 1
-    return one_shot or prune.every is not None or prune.mask_stop is not None
+    return one_shot or prune.every is not None or prune.mask_stop is not None or prune.ahead != (1,)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ticketfind.batches import Order, derived_seed, map_inputs, tensors_of
 from ticketfind.course import Failed
 from ticketfind.devices import Way
 from ticketfind.forks import Tick
-from ticketfind.lanes import functional
+from ticketfind.lanes import functional, tensors
 from ticketfind.masks import Group, Masks, Weights
 from ticketfind.outputs import predictions
 from ticketfind.readers import Duration
@@ -28,7 +28,7 @@ from ticketfind.scores import Score, Seen
 from ticketfind.train import fit
 
 EXAMPLES = 1000
-"""Training examples, at the least, that a score before training looks at; in the training's own batches."""
+"""Training examples, at the least, that a score before training looks at; in batches as the training's."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,16 @@ class Drawing:
             trained=self._scored(trained),
             initial=self._scored(initial),
             masks=_here(arm.masks or masks.dense(self.shapes), device),
-            path=None if path is None else self._scored(path),
+            path=None if path is None else self._scored({**self._unmoved(path), **path}),
             network=_Network(self.task, self.how, arm, initial) if self.score.needs_network else None,
         )
 
     def _scored(self, state: State) -> Weights:
         return {name: state[name].to(self.task.device) for name in self.shapes}
+
+    def _unmoved(self, path: State) -> State:
+        """What is frozen has no path."""
+        return {name: torch.zeros(shape) for name, shape in self.shapes.items() if name not in path}
 
     def trainings(
         self,
@@ -170,7 +174,7 @@ class _Network:
         if task.data is None:
             raise TicketfindError("prune.score: expected data that ticketfind reads itself, found none")
         self._task, self._how, self._seed = task, how, derived_seed(arm.seed, "score", arm.round)
-        self._state = {name: value.to(task.device) for name, value in initial.items()}
+        self._state = {name: initial[name].to(task.device) for name in tensors(task.model) if name in initial}
 
     def losses(self) -> Iterator[Callable[[Weights], Tensor]]:
         count = math.ceil(EXAMPLES / self._how.batch_size)

@@ -32,6 +32,8 @@ SCORE_NAMES = (
 """What `scores.SCORES` has."""
 BEFORE_TRAINING = ("snip", "grasp", "synflow")
 """Those that ask the network, and not its training."""
+OF_THE_WAY = ("path_length", "path_length_per_layer")
+"""Those that ask what was between a training's ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,11 +223,10 @@ class Recipe:
                 f" found {int(rewind)}"
             )
         every = None if self.prune.every is None or not lengths.known else lengths.at(self.prune.every)
-        if every is not None and not 1 <= int(every) <= lengths.total - (
-            int(rewind) if isinstance(rewind, Duration) else 0
-        ):
+        round_length = lengths.total - (int(rewind) if isinstance(rewind, Duration) and rewind.unit == "it" else 0)
+        if every is not None and not 1 <= int(every) <= round_length:
             faults.append(
-                f"prune.every: expected 1 to the {lengths.total} iterations of a round, found {self.prune.every}"
+                f"prune.every: expected 1 to the {round_length} iterations of a round, found {self.prune.every}"
                 f" = {int(every)} iterations"
             )
         warmup = lengths.at(self.train.warmup)
@@ -332,7 +333,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             f"train.milestones: expected with schedule step, and only there, found {len(train.milestones)}"
             f" with schedule {train.schedule}"
         )
-    yield from _drawing_contradictions(prune, train)
+    yield from _drawing_contradictions(model, prune, train)
     if train.metric and run.replicates == 1 and run.tolerance is None:
         yield "run.tolerance: expected a number, as one replicate of a metric of your own has no spread, found null"
     for key, file in (("checkpoint", model.checkpoint), ("trained", model.trained)):
@@ -351,7 +352,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             yield f"prune.rewind: expected 0it or lr, as model.trained shows no iteration between, found {prune.rewind}"
 
 
-def _drawing_contradictions(prune: Prune, train: Train) -> Iterator[str]:
+def _drawing_contradictions(model: Model, prune: Prune, train: Train) -> Iterator[str]:
     if prune.every is not None and prune.mask_stop is not None:
         yield "prune.mask_stop: expected null beside prune.every, found both"
     if prune.every is not None and readers.pattern(prune.scope):
@@ -362,11 +363,17 @@ def _drawing_contradictions(prune: Prune, train: Train) -> Iterator[str]:
         yield "prune.ahead: expected at least one number of rounds, found none"
     if prune.ahead != (1,) and (prune.every is not None or prune.mask_stop is not None or prune.rewind == "lr"):
         yield "prune.ahead: expected [1] beside prune.every, prune.mask_stop and rewind lr, found others"
+    if model.trained and prune.every is not None:
+        yield f"prune.every: expected null, as model.trained stands for a training that is over, found {prune.every}"
+    if model.trained and prune.score in OF_THE_WAY:
+        yield (
+            f"prune.score: expected one of a training's ends, as model.trained shows no way there, found {prune.score}"
+        )
     if train.is_external:
         asked = {"prune.every": prune.every, "prune.mask_stop": prune.mask_stop}
         for key in (key for key, value in asked.items() if value is not None):
             yield f"{key}: expected null, as a training of your own is not looked at on its way, found {asked[key]}"
-        if prune.score in (*BEFORE_TRAINING, "path_length", "path_length_per_layer"):
+        if prune.score in (*BEFORE_TRAINING, *OF_THE_WAY):
             yield f"prune.score: expected one of a training's ends, as the training is your own, found {prune.score}"
 
 

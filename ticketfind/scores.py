@@ -30,15 +30,15 @@ class Seen:
     """What a score may look at. All by parameter name, in the parameters' shapes."""
 
     trained: Weights
-    """After the training; pruned ones are zero."""
+    """After the training, or where it is on its way; pruned ones are zero."""
     initial: Weights
-    """At the rewind point; pruned ones are not zero."""
+    """At the rewind point, or after the last pruning on the way; what `masks` prunes need not be zero."""
     masks: Masks
     """That it was trained under: only what these keep is ranked."""
     path: Weights | None = None
-    """The sum over the training's iterations of |w_t - w_(t-1)|, for a score that asks for it."""
+    """The sum of |w_t - w_(t-1)| over the iterations since, for a score that asks for it."""
     network: Network | None = None
-    """None where the training is a program of the user's own."""
+    """For a score that asks for it."""
 
 
 Function = Callable[[Seen], Weights]
@@ -85,12 +85,12 @@ def _small_init(seen: Seen) -> Weights:
 
 def _large_init_large_final(seen: Seen) -> Weights:
     """min(a |w_initial|, |w_final|), a for each tensor such that both prune the same share: the lower of two ranks."""
-    return _lower_rank(seen, _large_init(seen), _magnitude(seen))
+    return {name: torch.minimum(*_both_ranks(seen, name, 1)) for name in seen.trained}
 
 
 def _small_init_small_final(seen: Seen) -> Weights:
     """-max(a |w_initial|, |w_final|), with the same a."""
-    return _lower_rank(seen, _small_init(seen), _small_final(seen))
+    return {name: torch.minimum(*_both_ranks(seen, name, -1)) for name in seen.trained}
 
 
 def _magnitude_increase(seen: Seen) -> Weights:
@@ -113,10 +113,10 @@ def _random(seen: Seen) -> Weights:
     return {name: torch.rand_like(w) for name, w in seen.trained.items()}
 
 
-def _lower_rank(seen: Seen, one: Weights, other: Weights) -> Weights:
-    return {
-        name: torch.minimum(_ranks(one[name], mask), _ranks(other[name], mask)) for name, mask in seen.masks.items()
-    }
+def _both_ranks(seen: Seen, name: str, sign: int) -> tuple[Tensor, Tensor]:
+    """Of the magnitudes before and after, times a sign."""
+    mask = seen.masks[name]
+    return _ranks(sign * seen.initial[name].abs(), mask), _ranks(sign * seen.trained[name].abs(), mask)
 
 
 def _ranks(values: Tensor, mask: Tensor) -> Tensor:
@@ -131,9 +131,12 @@ def _per_layer(function: Function) -> Function:
     """The same, divided by its mean over the layer's kept weights: for one ranking over layers of different scales."""
 
     def scores(seen: Seen) -> Weights:
-        found = function(seen)
-        means = {name: found[name][mask].mean() for name, mask in seen.masks.items() if bool(mask.any())}
-        return {name: s / means[name] if means.get(name) else s for name, s in found.items()}
+        found = dict(function(seen))
+        for name, mask in seen.masks.items():  # one tensor at a time: two scores of all would not fit
+            mean = found[name][mask].mean()
+            if mean > 0:
+                found[name] = found[name] / mean
+        return found
 
     return scores
 
@@ -155,7 +158,7 @@ def _grasp(seen: Seen) -> Weights:
     assert seen.network is not None
     weights = _leaves(seen)
     slopes = _gradient(seen.network, weights)
-    products, leaves, batches = {name: torch.zeros_like(w) for name, w in weights.items()}, [*weights.values()], 0
+    products, leaves, batches = _sums(weights), [*weights.values()], 0
     for loss in seen.network.losses():
         with torch.enable_grad():
             own = torch.autograd.grad(loss(weights), leaves, create_graph=True, materialize_grads=True)
@@ -182,9 +185,14 @@ def _leaves(seen: Seen) -> dict[str, Tensor]:
     return {name: (seen.initial[name] * mask).detach().requires_grad_() for name, mask in seen.masks.items()}
 
 
+def _sums(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros to add to, in float32 at least."""
+    return {name: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for name, w in weights.items()}
+
+
 def _gradient(network: Network, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The mean over the batches of dL/dw."""
-    sums, batches = {name: torch.zeros_like(w) for name, w in weights.items()}, 0
+    sums, batches = _sums(weights), 0
     for loss in network.losses():
         with torch.enable_grad():
             slopes = torch.autograd.grad(loss(weights), [*weights.values()], materialize_grads=True)

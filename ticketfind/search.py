@@ -76,11 +76,14 @@ class _Job:
 
     def rounds(self) -> list[results.Round]:
         self.watch.begin(*self.iterations())
+        ended = False
         for round in self.order():
             self.measure(round)
-            if not self.alive(round + 1):
-                self.none_left(round)
-                break
+            if not self.left(round):
+                if not ended:
+                    self.none_left(round)
+                ended = True
+                continue
             finished = self.measured(round)
             rundir.make_latest(self.run)
             self.watch.round(finished)
@@ -102,16 +105,25 @@ class _Job:
         if not until_fails:
             yield from (round for round in rounds if round not in drawing)
             return
-        seen = {round for round in rounds if self.finished(round)}
-        yield from sorted(seen.difference(drawing))  # of an earlier process
-        matching = max((round for round in seen if self.is_matching(round)), default=0)
-        failing = min((round for round in seen if round > matching), default=len(rounds) + 1)
-        while failing - matching > 1:
-            round = (matching + failing) // 2
-            yield round
-            seen.add(round)
-            matching, failing = (round, failing) if self.is_matching(round) else (matching, round)
-        self.watch.skip(sum(self.plan.iterations[round] * len(self.alive(round)) for round in {*rounds} - seen))
+        yield from sorted(self.known(rounds).difference(drawing))  # of an earlier process
+        while (between := self.bracket(rounds)) is not None:
+            yield between
+        unseen = {*rounds}.difference(self.known(rounds))
+        self.watch.skip(sum(self.plan.iterations[round] * len(self.alive(round)) for round in unseen))
+
+    def bracket(self, rounds: range) -> int | None:
+        """The round halfway from the sparsest known to match to the next that is known; None where there is none.
+
+        A function of the log alone, so that a search that is resumed goes on as it would have.
+        """
+        known = self.known(rounds)
+        matching = max((round for round in known if self.is_matching(round)), default=0)
+        failing = min((round for round in known if round > matching), default=rounds.stop)
+        return (matching + failing) // 2 if failing - matching > 1 else None
+
+    def known(self, rounds: range) -> set[int]:
+        """Rounds of which all is known: they are measured, or no replicate is left that could be."""
+        return {round for round in rounds if self.over(round).issuperset(self.alive(round))}
 
     def is_matching(self, round: int) -> bool:
         """Whether a round is finished, and matches."""
@@ -131,8 +143,9 @@ class _Job:
 
     def draw(self, round: int) -> None:
         """Train for the mask of the next round and nothing else."""
-        alive = self.alive(round)
-        over = {line["replicate"] for line in self.run.drawn() if line["round"] == round}
+        dense = {line["replicate"] for line in self.run.log() if line["round"] == 0 and "failed" not in line}
+        alive = [replicate for replicate in self.alive(round) if replicate in dense]
+        over = self.drawn_over(round)
         todo = self.todo(alive, over)
         arms = [self.arm(round, replicate, for_mask=True) for replicate in todo]
         trainings = self.drawing.trainings(
@@ -145,7 +158,7 @@ class _Job:
                     continue
                 self.run.check()
                 if isinstance(outcome, Failed):
-                    self.fail(round, replicate, arm, outcome)
+                    self.fail(round + 1, replicate, arm, outcome, untrained=True)
                     continue
                 done = outcome.points[-1].iteration - arm.first
                 self.watch.skip(self.plan.iterations[round] - done)
@@ -169,14 +182,28 @@ class _Job:
             )
         return finished
 
+    def failures(self) -> dict[int, dict[str, Any]]:
+        """The line of the log with which a replicate has ended, by replicate."""
+        return {line["replicate"]: line for line in self.run.log() if "failed" in line}
+
     def alive(self, round: int) -> list[int]:
-        """Replicates that have not failed before a round."""
-        failed = {line["replicate"]: line["round"] for line in self.run.log() if "failed" in line}
-        return [r for r in range(self.recipe.run.replicates) if failed.get(r, round) >= round]
+        """Replicates that there is something to train of in a round: they have not failed before."""
+        ended = self.failures()
+        return [r for r in range(self.recipe.run.replicates) if r not in ended or _last_alive(ended[r]) >= round]
+
+    def left(self, round: int) -> list[int]:
+        """Those that have not failed in it either."""
+        ended = self.failures()
+        return [r for r in range(self.recipe.run.replicates) if r not in ended or ended[r]["round"] > round]
 
     def over(self, round: int) -> set[int]:
         """Replicates whose training in a round is over, if only because it failed."""
         return {line["replicate"] for line in self.run.log() if line["round"] == round}
+
+    def drawn_over(self, round: int) -> set[int]:
+        """The same of the training for the next mask alone."""
+        drawn = {line["replicate"] for line in self.run.drawn() if line["round"] == round}
+        return drawn | {replicate for replicate, line in self.failures().items() if _last_alive(line) == round}
 
     def todo(self, alive: Sequence[int], over: set[int]) -> list[int]:
         """Replicates to train. Of those that are trained in step all, or none: their numbers may depend on it."""
@@ -195,7 +222,7 @@ class _Job:
                 done += count * (len(alive) - len(todo)) + self.snapshots.done(round, todo)
             if round in self.plan.drawn:
                 own = [line["iterations"] for line in self.run.drawn() if line["round"] == round]
-                total += count * (len(alive) - len(own)) + sum(own)
+                total += count * len(set(alive) - self.drawn_over(round)) + sum(own)
                 done += sum(own)
         return total, done
 
@@ -324,11 +351,15 @@ class _Job:
         """The weights that scores compare trained ones with: those of the rewind point."""
         return read_tensors(self.start_file(0, replicate), "rewind point")[0]
 
-    def fail(self, round: int, replicate: int, arm: Arm, outcome: Failed) -> None:
-        """End a replicate here."""
+    def fail(self, round: int, replicate: int, arm: Arm, outcome: Failed, *, untrained: bool = False) -> None:
+        """End a replicate in a round. untrained: it is the training for this round's mask that failed."""
         self.watch.note(f"{arm.name}: {outcome.reason}; it ends here, and the other replicates go on")
-        self.watch.skip(sum(self.plan.iterations[round + 1 :]))
-        self.run.append({"round": round, "replicate": replicate, "failed": f"{arm.name}: {outcome.reason}"})
+        over = {line["round"] for line in self.run.log() if line["replicate"] == replicate}
+        unmeasured = {*range(round + (not untrained), self.plan.measured)} - over
+        undrawn = [later for later in self.plan.drawn if later >= round] if untrained or round == 0 else []
+        self.watch.skip(sum(self.plan.iterations[later] for later in (*unmeasured, *undrawn)))
+        line = {"round": round, "replicate": replicate, "failed": f"{arm.name}: {outcome.reason}"}
+        self.run.append({**line, "untrained": True} if untrained else line)
 
     def hold(self, arm: Arm, outcome: Outcome, faults: list[str]) -> None:
         """Raise Violated where there are faults, once what there is has been saved."""
@@ -346,6 +377,11 @@ class _Job:
     def start_file(self, round: int, replicate: int) -> Path:
         """Where the weights that a round starts from are kept."""
         return self.run.start_file(replicate, round if self.plan.moves else None)
+
+
+def _last_alive(line: dict[str, Any]) -> int:
+    """The last round in which a replicate that has ended with this line of the log is trained, if only in part."""
+    return int(line["round"]) - ("untrained" in line)
 
 
 def _about_start(initial: State, plan: Plan, task: Task) -> dict[str, Any]:

@@ -147,12 +147,20 @@ def _train(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) ->
                 course.kept = training.states()
             if watched is not None and stop in looked_at and not course.is_over:
                 looks = _looks(training, stop, paths=work.paths)
-                if watched.tighter is not None:
-                    tightened = [watched.tighter(arm, look) for arm, look in zip(arms, looks, strict=True)]
+                _note_weights(course, [look.state for look in looks], task, how)
+                each = [*zip(arms, looks, course.failed, strict=True)]
+                if watched.tighter is not None and not course.is_over:
+                    before = tightened or [arm.masks for arm in arms]
+                    tightened = [
+                        old if failed else watched.tighter(arm, look)
+                        for old, (arm, look, failed) in zip(before, each, strict=True)
+                    ]
                     training.tighten(tightened)
-                if watched.enough is not None and all(map(watched.enough, arms, looks)):
-                    last = stop
-                    measured_at.add(stop)
+                if watched.enough is not None and not course.is_over:
+                    enough = [watched.enough(arm, look) for arm, look, failed in each if not failed]  # all are asked
+                    if all(enough):
+                        last = stop
+                        measured_at.add(stop)
             if stop in measured_at and not course.is_over and not course.is_measured(stop):
                 course.drawn = Drawn.so_far(task.device)
                 _measure(training, task, how, course, pause)
@@ -236,6 +244,15 @@ def _note_losses(course: Course, losses: Sequence[Sequence[float]], how: Train) 
     course.at += len(losses[0])
 
 
+def _note_weights(course: Course, states: Sequence[State], task: Task, how: Train) -> None:
+    """Weights that are not finite end an arm."""
+    trained = {name for name, _ in task.model.named_parameters()}
+    for arm, state in enumerate(states):
+        bad = next((name for name in trained & state.keys() if not bool(torch.isfinite(state[name]).all())), None)
+        if bad is not None:
+            _fail(course, arm, course.at, bad, how)
+
+
 def _fail(course: Course, arm: int, iteration: int, what: str, how: Train) -> None:
     course.failed[arm] = course.failed[arm] or Failed(
         iteration,
@@ -270,11 +287,9 @@ def _outcomes(
     """What has come of each arm, at its end."""
     found: list[Outcome | Failed] = []
     gone = training.paths() if paths else []
-    trained = {name for name, _ in task.model.named_parameters()}
-    for arm, final in enumerate(training.states()):
-        bad = next((name for name in trained & final.keys() if not bool(torch.isfinite(final[name]).all())), None)
-        if bad is not None:
-            _fail(course, arm, course.at, bad, how)
+    finals = training.states()
+    _note_weights(course, finals, task, how)
+    for arm, final in enumerate(finals):
         kept, points = course.kept[arm] if course.kept else None, course.points[arm]
         found.append(
             course.failed[arm]

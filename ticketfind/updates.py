@@ -28,7 +28,7 @@ class Update:
         left = [] if self._optimizer.holds_pruned else [i for i, keep in enumerate(self._keep) if keep is not None]
         self._to_mask = [self._weights[i] for i in left], [self._keep[i] for i in left]
         self._last = [weight.clone() for weight in self._weights] if paths else []
-        self.paths = [torch.zeros_like(weight) for weight in self._weights] if paths else []
+        self.paths = [_whole_zeros(weight) for weight in self._weights] if paths else []
 
     def __call__(self, loss: Tensor, lr: float | Tensor) -> None:
         grads = self._own(torch.autograd.grad(loss, self._leaves, allow_unused=True))
@@ -73,6 +73,11 @@ class Update:
         norms = [g.reshape(self._arms or 1, -1).norm(dim=1) for g in kept if g is not None]
         scale = (longest / (torch.stack(norms).norm(dim=0) + 1e-6)).clamp(max=1.0)
         return [g if g is None else g * scale.view(-1, *[1] * (g.ndim - 1)) if self._arms else g * scale for g in kept]
+
+
+def _whole_zeros(weight: Tensor) -> Tensor:
+    """In float32 at least: a sum of many small steps does not grow in half precision."""
+    return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
 class _Optimizer:

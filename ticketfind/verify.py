@@ -155,6 +155,9 @@ def _nested(run: RunDir, round: int, replicate: int) -> Fault:
 
 def _counts(run: RunDir, recipe: Recipe, round: int, replicate: int, line: dict[str, Any] | None) -> Fault:
     """Against the plan that follows from the recipe and the shapes alone, and the log, where it has a line."""
+    apart = recipe.prune.every is not None  # the first mask comes of a training of its own
+    if round == 0 and apart and not run.mask_file(1, replicate).exists():
+        raise _Unknown("no mask is drawn yet that says how large the dense network is")
     mask = _mask(run, max(1, round), replicate)  # those of the first pruning say how large the dense network is
     sizes = {name: m.numel() for name, m in mask.items()}
     kept = {name: int(m.sum()) for name, m in mask.items()} if round else sizes
