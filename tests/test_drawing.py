@@ -556,3 +556,35 @@ def test_what_a_failure_spares_is_counted(
     total, _ = watch.begin.call_args.args
     skipped = sum(call.args[0] for call in watch.skip.call_args_list)
     assert total - skipped == sum(call.args[0] for call in watch.tick.call_args_list)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prune.ahead": [3, 2], "prune.until_fails": True, "prune.rounds": 8, "run.tolerance": 2},
+        {"prune.mask_stop": 0.3, "prune.until_fails": True, "prune.rounds": 8, "run.tolerance": 2},
+        {"prune.mask_stop": 0.3, "prune.rewind": "lr", "run.engine": "stacked", "run.arms_at_once": 2},
+        {"prune.every": 3, "prune.rewind": "lr", "prune.scope": "global"},
+        {"prune.mask_stop": 0.3, "prune.scope": "2:4", "prune.rewind": "3it"},
+        {"prune.ahead": [2], "prune.scope": "2:4", "prune.rewind": "3it"},
+        {"prune.until_fails": True, "prune.rounds": 8, "run.tolerance": 2},
+    ],
+)
+@pytest.mark.parametrize("score", ["path_length", "snip", "random"])
+def test_every_search_that_is_stopped_goes_on_to_the_same_bytes(
+    settings: dict[str, Any], score: str, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe],
+    run_search: Search, tmp_path: Path,
+) -> None:  # fmt: skip
+    if score == "snip" and "prune.every" in settings:
+        pytest.skip("refused")
+    recipe = make_recipe({**settings, "prune.score": score})
+    whole = run_search(recipe, make_task("normed"), tmp_path / "whole", SCORES[score])
+    for _ in range(60):
+        try:
+            found = run_search(recipe, make_task("normed"), tmp_path / "cut", SCORES[score], stopping(25))
+        except Enough:
+            continue
+        break
+    assert found == whole
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+    assert all(check.passed is not False for check in verify.of_run(RunDir(tmp_path / "whole")))
