@@ -15,6 +15,7 @@ from ticketfind.arms import Task
 from ticketfind.connection import is_disconnected
 from ticketfind.recipe import Recipe
 from ticketfind.results import Round
+from ticketfind.scores import by_function
 
 MakeTask = Callable[..., Task]
 
@@ -114,7 +115,7 @@ def test_it_is_noticed_before_its_round_is_paid_for(
     with pytest.raises(
         TicketfindError, match=r"round 1, replicate 0: no weight is left in fc2\.weight, and the output"
     ):
-        run_search(recipe, make_task("mlp"), tmp_path / "run", score=empties)
+        run_search(recipe, make_task("mlp"), tmp_path / "run", score=by_function(empties))
     ticks = sum(call.args[0] for call in watch.tick.call_args_list)
     assert ticks == 12
     assert "no weight is left in fc2.weight" in watch.note.call_args_list[-1].args[0]

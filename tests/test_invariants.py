@@ -259,8 +259,8 @@ def test_a_pruning_that_is_wrong_is_noticed_and_no_mask_is_left_of_it(
     """256 weights, of which 30 % go each round, tensor by tensor. Of two replicates it is the second's."""
     prune, calls = masks.prune, itertools.count()
 
-    def badly(old: dict[str, Tensor], scores: Any, groups: Any) -> dict[str, Tensor]:
-        drawn = prune(old, scores, groups)
+    def badly(old: dict[str, Tensor], scores: Any, groups: Any, counts: Any) -> dict[str, Tensor]:
+        drawn = prune(old, scores, groups, counts)
         if next(calls) == 2 * round + 1:
             drawn = {name: mask.clone() for name, mask in drawn.items()}
             wrong(drawn, old)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ticketfind import TicketfindError, devices, engine, invariants, memory
+from ticketfind import TicketfindError, devices, engine, invariants, masks, memory
 from ticketfind.arms import Arm, Look, Note, Outcome, Snapshots, State, Task, Watched, Work, measured
 from ticketfind.batches import Order, derived_seed, seeded
 from ticketfind.course import Course, Drawn, Failed, Point, Snapshot, course_of, snapshot, take_up
@@ -211,6 +211,9 @@ def _begun(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) ->
             if digests(training) != course.began:
                 raise ValueError("it is of a training that began elsewhere")
             take_up(found, training, task.device)
+            each = zip(arms, training.states(), course.failed, strict=True)
+            if any(masks.nonzero_outside(arm.masks, state) for arm, state, failed in each if not failed):
+                raise ValueError("its pruned weights are not zero")
             return training, course
     except Exception as error:  # whatever is wrong with it
         note(f"{arms[0].name}: its snapshot cannot be used and is trained from its start: {one_line(error)}")
