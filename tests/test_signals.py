@@ -74,7 +74,7 @@ def test_a_search_that_is_stopped_goes_on_to_the_same_bytes(
     assert told in " ".join(ran.out.split())
     assert not (out / "finished").exists() and "Traceback" not in ran.err
     assert not [*out.rglob(".*.tmp")]
-    if moment != "pruning":  # of the one training, at the next iteration of the other
+    if moment != "pruning" and engine == "eager":  # side by side they may not have begun yet
         assert [*(out / "state").iterdir()], "the training under way is kept"
     assert command(*SEARCH, engine, "--out", out).code == 0
     assert contents(out) == contents(whole)
