@@ -1,11 +1,12 @@
 """The program and its commands: parse, call, show. What they compute is elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
 
 import typer
 
@@ -347,6 +348,15 @@ def _fail(error: TicketfindError, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _let_go(stream: TextIO) -> None:
+    """Forget what a terminal that has gone can no longer be told: Python would end with exit code 120 over it."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def main() -> None:
     """The console script: errors become one line each, exit code 1; usage and recipe errors 2."""
     signals.install()
@@ -367,3 +377,5 @@ def main() -> None:
         _fail(TicketfindError(f"{error.filename}: cannot read: {error.strerror}"), 1)
     finally:
         sys.stdout = stdout
+        for stream in (sys.stdout, sys.stderr):
+            _let_go(stream)
