@@ -28,7 +28,8 @@ def main(run: RunDir, out: Path) -> None:
     views.show_search(screen, run, rounds, 0.0)
     described = json.loads(max((run.path / "evals").glob("*.json")).read_text())
     levels = [f"--noise {name.removeprefix('noise=')}" for name in described["arms"] if name.startswith("noise=")]
-    screen.message("\n" + " ".join(["$ ticketfind eval", *levels]))
+    screen.message("")
+    screen.message(" ".join(["$ ticketfind eval", *levels]))
     arms = {
         name: results.Stats(
             *(results.Spread.of(stats[key]["values"]) for key in ("accuracy_early", "accuracy_end", "early_stop"))
