@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ticketfind import cli, prunable
+from ticketfind import cli, experiments, prunable
 from ticketfind import plan as planning
 from ticketfind import search as searching
-from ticketfind.arms import Task
+from ticketfind.arms import Arm, Task
 from ticketfind.batches import Data, Split
 from ticketfind.layers import from_layers
 from ticketfind.recipe import Recipe, Train
@@ -25,6 +25,7 @@ from ticketfind.results import Round
 from ticketfind.rundir import RunDir
 from ticketfind.scores import SCORES, Score
 from ticketfind.ticket import Provenance, Ticket
+from ticketfind.train import fit
 
 
 class Mlp(nn.Module):
@@ -162,6 +163,19 @@ def run_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Mock) -> 
         return searching.search(recipe, task, RunDir(path), plan, score, watch)
 
     return run
+
+
+@pytest.fixture
+def trained_arms(monkeypatch: pytest.MonkeyPatch) -> dict[str, Arm]:
+    """The arms of an evaluation, by name."""
+    seen: dict[str, Arm] = {}
+
+    def spy(arms: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        seen.update({arm.name: arm for arm in arms})
+        return fit(arms, *args, **kwargs)
+
+    monkeypatch.setattr(experiments, "fit", spy)
+    return seen
 
 
 @pytest.fixture(autouse=True)

@@ -188,7 +188,7 @@ def test_a_log_that_goes_away_is_missed(
     out, finished_rounds = tmp_path / "run", contents_of_runs.finished_rounds
 
     def lose(*arguments: Any) -> Any:
-        (out / "log.jsonl").unlink()
+        (out / "log.jsonl").unlink(missing_ok=True)
         return finished_rounds(*arguments)
 
     monkeypatch.setattr(contents_of_runs, "finished_rounds", lose)

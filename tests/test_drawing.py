@@ -190,7 +190,7 @@ def test_agreement_within_is_cohens_kappa() -> None:
 
 def test_a_mask_has_settled_where_two_looks_agree(make_task: Callable[..., Task]) -> None:
     drawing = Drawing(SCORES["magnitude"], make_task(), Mock(), [Group(("w",), 0.5)], {"w": (4,)})
-    settled = Settled(drawing, lambda replicate: {"w": torch.zeros(4)}, threshold=0.9)
+    settled = Settled(drawing, lambda arm: {"w": torch.zeros(4)}, threshold=0.9)
     arms = [Arm("a", {}, {}, 0, replicate=r) for r in range(2)]
 
     def look(*weights: float) -> Look:

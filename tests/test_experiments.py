@@ -53,19 +53,6 @@ class Wide(nn.Module):
         return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x)))))
 
 
-@pytest.fixture
-def trained_arms(monkeypatch: pytest.MonkeyPatch) -> dict[str, Arm]:
-    """The arms of an evaluation, by name."""
-    seen: dict[str, Arm] = {}
-
-    def spy(arms: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        seen.update({arm.name: arm for arm in arms})
-        return fit(arms, *args, **kwargs)
-
-    monkeypatch.setattr(experiments, "fit", spy)
-    return seen
-
-
 # ----------------------------------------------------------------------------- against the search itself
 
 

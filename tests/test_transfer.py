@@ -1,6 +1,6 @@
 """A ticket on data with other classes: what it starts from, against its file and plain PyTorch; what is refused."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +16,9 @@ from ticketfind.experiments import Design
 from ticketfind.recipe import Train
 from ticketfind.rundir import RunDir
 from ticketfind.ticket import Ticket
-from ticketfind.train import fit
 
 DIGITS = Path(transfer.__file__).with_name("digits.npz")
 SEARCH = ["search", "--iterations", "20", "--rounds", "2", "--replicates", "2", "--set", "train.eval_every=10", "-q"]
-
-
-@pytest.fixture
-def trained_arms(monkeypatch: pytest.MonkeyPatch) -> dict[str, Arm]:
-    """The arms of an evaluation, by name."""
-    seen: dict[str, Arm] = {}
-
-    def spy(arms: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        seen.update({arm.name: arm for arm in arms})
-        return fit(arms, *args, **kwargs)
-
-    monkeypatch.setattr(experiments, "fit", spy)
-    return seen
 
 
 def parities(path: Path) -> None:

@@ -87,7 +87,7 @@ class Drawing:
     def trainings(
         self,
         arms: Sequence[Arm],
-        initial: Callable[[int], State],
+        initial: Callable[[Arm], State],
         settings: Prune,
         *,
         way: Way,
@@ -96,7 +96,7 @@ class Drawing:
     ) -> Generator[tuple[Arm, Outcome | Failed], None, None]:
         """Train `arms` for their next masks alone, each with its outcome.
 
-        initial: replicate -> the weights at the rewind point. With `settings.every` they are pruned on the way, and the
+        initial: arm -> the weights at the rewind point. With `settings.every` they are pruned on the way, and the
         outcome's masks are the next ones; with `settings.mask_stop` they end once their next mask has settled.
         """
         if isinstance(settings.every, Duration):
@@ -120,7 +120,7 @@ class Settled:
     """Tells when the mask that a training would draw has stopped changing (after PrAC, arXiv 2106.03225)."""
 
     drawing: Drawing
-    initial: Callable[[int], State]
+    initial: Callable[[Arm], State]
     threshold: float
     """Agreement (Cohen's kappa, over the weights that the training's mask keeps) of the masks of two looks in a row."""
     _before: dict[int, Masks] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class Settled:
     def __call__(self, arm: Arm, look: Look) -> bool:
         """Whether the training may end."""
         if arm.replicate not in self._initial:
-            self._initial[arm.replicate] = self.initial(arm.replicate)
+            self._initial[arm.replicate] = self.initial(arm)
         seen = self.drawing.seen(arm, self._initial[arm.replicate], look.state, look.path)
         now = self.drawing.pruned(seen, masks.targets(seen.masks, self.drawing.groups), arm)
         before, self._before[arm.replicate] = self._before.get(arm.replicate), now

@@ -98,7 +98,6 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
             iterations[1], measured = 0, 1
     apart = settings.mask_stop is not None or settings.every is not None
     drawn = range(0 if settings.every is not None else 1, len(kept) - 1) if apart else range(0)
-    early = settings.mask_stop is not None or settings.until_fails
     parameters, replicates = sum(math.prod(c.shape) for c in found), recipe.run.replicates
     at_once = min(recipe.run.arms_at_once or 1, replicates)
     optimizer_slots = 2 if recipe.train.optimizer != "sgd" else int(recipe.train.momentum > 0)
@@ -108,18 +107,18 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
     if recipe.train.command is not None:  # what it writes is kept, see commands.by_command
         disk += 4 * parameters * replicates * (measured + (rewind > 0))
     return Plan(
-        found,
-        groups,
-        kept,
-        rewind,
-        moves,
-        iterations,
-        measured,
-        drawn,
-        _ahead(settings.ahead, len(kept)),
-        early,
-        memory,
-        disk,
+        candidates=found,
+        groups=groups,
+        kept=kept,
+        rewind=rewind,
+        moves=moves,
+        iterations=iterations,
+        measured=measured,
+        drawn=drawn,
+        ahead=_ahead(settings.ahead, len(kept)),
+        may_end_early=settings.mask_stop is not None or settings.until_fails,
+        memory=memory,
+        disk=disk,
     )
 
 

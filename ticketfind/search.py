@@ -20,6 +20,7 @@ from ticketfind.recipe import Recipe
 from ticketfind.rundir import RunDir
 from ticketfind.scores import Score
 from ticketfind.snapshots import Snapshots
+from ticketfind.standing import Standing
 from ticketfind.tensorfile import read_tensors, save_tensors
 from ticketfind.train import check_memory, fit, judge
 
@@ -79,7 +80,7 @@ class _Job:
         ended = False
         for round in self.order():
             self.measure(round)
-            if not self.left(round):
+            if not self.standing().left(round):
                 if not ended:
                     self.none_left(round)
                 ended = True
@@ -100,40 +101,23 @@ class _Job:
         drawing = [] if self.plan.drawn else [round for round in rounds if round in self.plan.ahead]
         for round in drawing:
             yield round
-            if until_fails and not self.is_matching(round):
+            if until_fails and not self.standing().is_matching(round):
                 break
         if not until_fails:
             yield from (round for round in rounds if round not in drawing)
             return
-        yield from sorted(self.known(rounds).difference(drawing))  # of an earlier process
-        while (between := self.bracket(rounds)) is not None:
+        yield from sorted(self.standing().known(rounds).difference(drawing))  # of an earlier process
+        while (between := self.standing().bracket(rounds)) is not None:
             yield between
-        unseen = {*rounds}.difference(self.known(rounds))
-        self.watch.skip(sum(self.plan.iterations[round] * len(self.alive(round)) for round in unseen))
-
-    def bracket(self, rounds: range) -> int | None:
-        """The round halfway from the sparsest known to match to the next that is known; None where there is none.
-
-        A function of the log alone, so that a search that is resumed goes on as it would have.
-        """
-        known = self.known(rounds)
-        matching = max((round for round in known if self.is_matching(round)), default=0)
-        failing = min((round for round in known if round > matching), default=rounds.stop)
-        return (matching + failing) // 2 if failing - matching > 1 else None
-
-    def known(self, rounds: range) -> set[int]:
-        """Rounds of which all is known: they are measured, or no replicate is left that could be."""
-        return {round for round in rounds if self.over(round).issuperset(self.alive(round))}
-
-    def is_matching(self, round: int) -> bool:
-        """Whether a round is finished, and matches."""
-        finished = self.finished(round)
-        return finished is not None and finished.matching
+        now = self.standing()
+        unseen = {*rounds}.difference(now.known(rounds))
+        self.watch.skip(sum(self.plan.iterations[round] * len(now.alive(round)) for round in unseen))
 
     def measure(self, round: int) -> None:
         """Train what is not yet trained of a round, in full; it draws the next mask, if none does it apart."""
-        alive, over = self.alive(round), self.over(round)
-        todo = self.todo(alive, over)
+        now = self.standing()
+        over = now.over(round)
+        todo = self.todo(now.alive(round), over)
         arms = [self.arm(round, replicate) for replicate in todo]
         with closing(self.train(round, arms)) as trained:
             for replicate, (arm, outcome) in zip(todo, trained, strict=True):
@@ -143,10 +127,9 @@ class _Job:
 
     def draw(self, round: int) -> None:
         """Train for the mask of the next round and nothing else."""
-        dense = {line["replicate"] for line in self.run.log() if line["round"] == 0 and "failed" not in line}
-        alive = [replicate for replicate in self.alive(round) if replicate in dense]
-        over = self.drawn_over(round)
-        todo = self.todo(alive, over)
+        now = self.standing()
+        dense, over = now.measured(0), now.drawn_over(round)
+        todo = self.todo([replicate for replicate in now.alive(round) if replicate in dense], over)
         arms = [self.arm(round, replicate, for_mask=True) for replicate in todo]
         trainings = self.drawing.trainings(
             arms, self.initial, self.recipe.prune, way=Way.of(self.recipe.run), tick=self.watch.tick,
@@ -166,44 +149,21 @@ class _Job:
                 line = {"round": round, "replicate": replicate, "iterations": done}
                 self.run.append({**line, "accuracy_end": outcome.measured.accuracy_end}, self.run.drawn_file)
 
-    def finished(self, round: int) -> results.Round | None:
-        """A round that is finished, with a replicate left."""
-        rounds = contents.finished_rounds(self.run, self.recipe)
-        return next((each for each in rounds if each.round == round), None)
+    def standing(self) -> Standing:
+        """What the logs say now."""
+        finished = {each.round: each for each in contents.finished_rounds(self.run, self.recipe)}
+        return Standing(self.recipe.run.replicates, self.run.log(), self.run.drawn(), finished)
 
     def measured(self, round: int) -> results.Round:
-        """The same of one that this search has finished. Raises TicketfindError where the log no longer has it."""
+        """A round that this search has finished. Raises TicketfindError where the log no longer has it."""
         self.run.check()
-        finished = self.finished(round)
+        finished = self.standing().rounds.get(round)
         if finished is None:
             raise TicketfindError(
                 f"{self.run.log_file}: expected all of round {round}, found less: lines of this search have gone;"
                 " put the file back, and the same command goes on"
             )
         return finished
-
-    def failures(self) -> dict[int, dict[str, Any]]:
-        """The line of the log with which a replicate has ended, by replicate."""
-        return {line["replicate"]: line for line in self.run.log() if "failed" in line}
-
-    def alive(self, round: int) -> list[int]:
-        """Replicates that there is something to train of in a round: they have not failed before."""
-        ended = self.failures()
-        return [r for r in range(self.recipe.run.replicates) if r not in ended or _last_alive(ended[r]) >= round]
-
-    def left(self, round: int) -> list[int]:
-        """Those that have not failed in it either."""
-        ended = self.failures()
-        return [r for r in range(self.recipe.run.replicates) if r not in ended or ended[r]["round"] > round]
-
-    def over(self, round: int) -> set[int]:
-        """Replicates whose training in a round is over, if only because it failed."""
-        return {line["replicate"] for line in self.run.log() if line["round"] == round}
-
-    def drawn_over(self, round: int) -> set[int]:
-        """The same of the training for the next mask alone."""
-        drawn = {line["replicate"] for line in self.run.drawn() if line["round"] == round}
-        return drawn | {replicate for replicate, line in self.failures().items() if _last_alive(line) == round}
 
     def todo(self, alive: Sequence[int], over: set[int]) -> list[int]:
         """Replicates to train. Of those that are trained in step all, or none: their numbers may depend on it."""
@@ -213,16 +173,16 @@ class _Job:
 
     def iterations(self) -> tuple[int, int]:
         """Those of the whole search, as far as is known, and those done."""
-        total = done = 0
+        total, done, now = 0, 0, self.standing()
         for round, count in enumerate(self.plan.iterations):
-            alive = self.alive(round)
+            alive = now.alive(round)
             total += count * len(alive)
             if round < self.plan.measured:
-                todo = self.todo(alive, self.over(round))
+                todo = self.todo(alive, now.over(round))
                 done += count * (len(alive) - len(todo)) + self.snapshots.done(round, todo)
             if round in self.plan.drawn:
-                own = [line["iterations"] for line in self.run.drawn() if line["round"] == round]
-                total += count * len(set(alive) - self.drawn_over(round)) + sum(own)
+                own = [line["iterations"] for line in now.drawn if line["round"] == round]
+                total += count * len(set(alive) - now.drawn_over(round)) + sum(own)
                 done += sum(own)
         return total, done
 
@@ -244,8 +204,8 @@ class _Job:
     def none_left(self, round: int) -> None:
         """Every replicate has failed. Raises TicketfindError where there is no round before."""
         if round == 0:
-            reasons = [line["failed"] for line in self.run.log() if "failed" in line]
-            raise TicketfindError(f"every replicate failed; the last: {''.join(reasons[-1:])}")
+            *_, last = self.standing().failures.values()
+            raise TicketfindError(f"every replicate failed; the last: {last['failed']}")
         self.watch.note(f"no replicate is left after round {round}: the search ends with the rounds before it")
 
     def look_at(self, finished: results.Round) -> None:
@@ -287,7 +247,7 @@ class _Job:
         drawn before."""
         name, seed = f"round {round}, replicate {replicate}", self.recipe.run.seed + replicate
         if round == 0 and for_mask:
-            start = self.initial(replicate)
+            start = self.at_rewind_point(replicate)
             return Arm(name, start, masks.dense(self.plan.shapes), seed, self.plan.rewind, 0, replicate)
         if round == 0:
             return Arm(name, self.task.start(seed), {}, seed, replicate=replicate)
@@ -331,7 +291,8 @@ class _Job:
 
     def keep(self, round: int, replicate: int, arm: Arm, outcome: Outcome) -> None:
         """Put the next masks on disk; with learning-rate rewinding, the weights too that the next round starts from."""
-        initial, old = self.initial(replicate), arm.masks or masks.dense(self.plan.shapes)
+        old = arm.masks or masks.dense(self.plan.shapes)
+        initial = outcome.kept if outcome.kept is not None and not self.plan.moves else self.initial(arm)
         rounds = len(self.plan.draws(round)) or 1
         drawn = (
             [outcome.masks]
@@ -347,8 +308,12 @@ class _Job:
         for number, new in enumerate(drawn, round + 1):
             self.save(self.run.mask_file(number, replicate), new)
 
-    def initial(self, replicate: int) -> State:
+    def initial(self, arm: Arm) -> State:
         """The weights that scores compare trained ones with: those of the rewind point."""
+        return self.at_rewind_point(arm.replicate) if self.plan.moves else arm.start
+
+    def at_rewind_point(self, replicate: int) -> State:
+        """The same from its file."""
         return read_tensors(self.start_file(0, replicate), "rewind point")[0]
 
     def fail(self, round: int, replicate: int, arm: Arm, outcome: Failed, *, untrained: bool = False) -> None:
@@ -377,11 +342,6 @@ class _Job:
     def start_file(self, round: int, replicate: int) -> Path:
         """Where the weights that a round starts from are kept."""
         return self.run.start_file(replicate, round if self.plan.moves else None)
-
-
-def _last_alive(line: dict[str, Any]) -> int:
-    """The last round in which a replicate that has ended with this line of the log is trained, if only in part."""
-    return int(line["round"]) - ("untrained" in line)
 
 
 def _about_start(initial: State, plan: Plan, task: Task) -> dict[str, Any]:
