@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ticketfind import TicketfindError, contents, masks, train, verify
-from ticketfind.arms import Arm, Look, Outcome, Task, Watched
+from ticketfind.arms import Arm, Look, Outcome, Task, Watched, measured
 from ticketfind.batches import Order
-from ticketfind.course import Failed
+from ticketfind.course import Failed, Point
 from ticketfind.devices import Way
-from ticketfind.drawing import Drawing, Settled
+from ticketfind.drawing import Drawing, Settled, Tightening
 from ticketfind.masks import Group
 from ticketfind.recipe import Recipe, RecipeError, Train
 from ticketfind.rundir import RunDir
-from ticketfind.scores import SCORES, Seen, scored
+from ticketfind.scores import SCORES, Score, Seen, scored
 from ticketfind.train import fit
 from ticketfind.updates import Update
 
@@ -162,9 +162,6 @@ def test_each_pruning_on_the_way_sees_what_changed_since_the_last(make_task: Cal
         told.append(seen)
         return {"w": (seen.trained["w"] - seen.initial["w"]).abs()}
 
-    from ticketfind.drawing import Tightening
-    from ticketfind.scores import Score
-
     drawing = Drawing(Score(note), make_task(), Mock(), [Group(("w",), 0.5)], {"w": (10,)})
     tighten = Tightening(drawing, every=5, total=10)
     arm = Arm("a", {"w": torch.zeros(10)}, masks.dense({"w": (10,)}), 0)
@@ -228,9 +225,6 @@ def planted(accuracies: dict[int, float]) -> Any:
     """A trainer of the user's own whose accuracy depends on the round alone."""
 
     def train(task: Task, arm: Arm, work: Any) -> Outcome:
-        from ticketfind.arms import measured
-        from ticketfind.course import Point
-
         work.tick(12 - arm.first)
         points = (Point(12, None, 1.0, accuracies[arm.round], accuracies[arm.round]),)
         final = masks.masked(arm.start, arm.masks)

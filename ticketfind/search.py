@@ -21,7 +21,7 @@ from ticketfind.rundir import RunDir
 from ticketfind.scores import Score
 from ticketfind.snapshots import Snapshots
 from ticketfind.standing import Standing
-from ticketfind.tensorfile import read_tensors, save_tensors
+from ticketfind.tensorfile import read_metadata, read_tensors, save_tensors
 from ticketfind.train import check_memory, fit, judge
 
 
@@ -303,7 +303,7 @@ class _Job:
             self.hold(arm, outcome, invariants.of_pruning(new, old, self.plan.kept[number], self.plan.groups, number))
             old = new
         if self.plan.moves:
-            _, about = read_tensors(self.run.start_file(replicate, 0), "rewind point")
+            about = read_metadata(self.start_file(0, replicate), "rewind point")
             self.save(self.start_file(round + 1, replicate), outcome.final, about)
         for number, new in enumerate(drawn, round + 1):
             self.save(self.run.mask_file(number, replicate), new)
