@@ -179,7 +179,7 @@ def arithmetic(way: Way, device: torch.device, model: nn.Module) -> Iterator[Non
                 torch.set_float32_matmul_precision("highest" if way.precision == "fp32" else "high")
                 torch.backends.cudnn.allow_tf32 = way.precision != "fp32"
             else:
-                quick = way.precision == "bf16" or (_has_large_products(model) and onednn_keeps_fp32())
+                quick = _has_large_products(model) and onednn_keeps_fp32()
                 torch.set_float32_matmul_precision("medium" if quick else "highest")
             yield
         finally:
@@ -217,6 +217,6 @@ def onednn_keeps_fp32() -> bool:
 
 
 def autocast(way: Way, device: torch.device) -> Context:
-    if device.type == "cuda" and way.precision == "bf16":
-        return functools.partial(torch.autocast, "cuda", dtype=torch.bfloat16, cache_enabled=False)
+    if way.precision == "bf16":
+        return functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, cache_enabled=False)
     return nullcontext
