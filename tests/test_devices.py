@@ -152,9 +152,6 @@ def test_fp32_is_fp32_whatever_the_processor_does_with_faster_products() -> None
         assert (torch.get_float32_matmul_precision() == "medium") == devices.onednn_keeps_fp32()
     with devices.arithmetic(Way(), CPU, nn.Linear(64, 300)):
         assert torch.get_float32_matmul_precision() == "highest"
-    with devices.arithmetic(Way(precision="bf16"), CPU, nn.Linear(64, 300)):
-        assert torch.get_float32_matmul_precision() == "medium"
-        assert error_of_products() < 1e-2
     torch.set_float32_matmul_precision("medium")
     try:
         assert (error_of_products() < 2e-6) == devices.onednn_keeps_fp32()
@@ -163,9 +160,9 @@ def test_fp32_is_fp32_whatever_the_processor_does_with_faster_products() -> None
 
 
 def test_what_was_set_before_is_set_again() -> None:
+    torch.set_num_threads(1)
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    with pytest.raises(ZeroDivisionError), devices.arithmetic(Way(precision="bf16"), CPU, nn.Linear(2, 2)):
-        assert torch.get_float32_matmul_precision() == "medium"
+    with pytest.raises(ZeroDivisionError), devices.arithmetic(Way(), CPU, nn.Linear(784, 300)):
         _ = 1 / 0
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
 

@@ -376,6 +376,26 @@ def test_compiled_training_is_eager_training(
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("way", ["eager", "stacked", "compile", pytest.param("processes", marks=processes)])
+def test_bf16_rounds_what_the_network_computes_and_not_its_weights(
+    way: str, make_task: Callable[..., Task], make_train: Callable[..., Train], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch.autocast does it: the same training within bfloat16's 8 bits, of weights in fp32."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    task, how, notes = make_task("mlp"), make_train(iterations=20, lr=0.01, momentum=0.9), []
+    expected = [*fit(arms_of(task), task, how)]
+    found = [*fit(arms_of(task), task, how, way=Way(way, at_once=2, precision="bf16"), note=notes.append)]
+    assert not notes
+    for (arm, one), (_, other) in zip(found, expected, strict=True):
+        assert abs(one.points[-1].train_loss - other.points[-1].train_loss) < 0.02
+        assert max(float((one.final[name] - value).abs().max()) for name, value in other.final.items()) > 1e-5
+        for name, value in other.final.items():
+            assert one.final[name].dtype == value.dtype
+            torch.testing.assert_close(one.final[name], value, rtol=0, atol=0.02, msg=name)
+        assert all(torch.equal(one.final[name] == 0, ~kept) for name, kept in arm.masks.items())
+
+
 @pytest.mark.parametrize(
     ("way", "schedule"), [("graph", "constant"), ("graph", "warmup-step"), ("stacked", "warmup-cosine")]
 )

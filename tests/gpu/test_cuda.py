@@ -615,7 +615,7 @@ def test_precisions_train_and_come_close(
     assert not notes
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
     settings = {"fp32": ("highest", False), "tf32": ("high", True), "bf16": ("high", True)}[precision]
-    output = torch.bfloat16 if precision == "bf16" else torch.float32
+    output = torch.bfloat16 if precision == "bf16" and way != "stacked" else torch.float32  # pytorch#192617: + bias
     assert {*seen} <= {(*settings, output)}
     expected = [*fit(arms, make_task(device=DEVICE, **fields), how, way=EAGER, keep_at=9)]
     for (arm, one), (_, other) in zip(found, expected, strict=True):
