@@ -99,6 +99,16 @@ def test_a_search_that_is_stopped_goes_on_to_the_same_bytes(
     assert contents(out) == contents(whole)
 
 
+def test_a_training_that_cannot_go_on_is_not_said_to_be_kept(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Those for a mask alone begin anew."""
+    on_progress(monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+    ran = command(*SEARCH, "eager", "--mask-stop", "0.9", "--out", tmp_path / "run")
+    told = f"stopped; trainings that are done are kept in {tmp_path / 'run'}, and the same command goes on from there"
+    assert ran.code == 130 and told in " ".join(ran.out.split())
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_could_not_be_kept_is_not_said_to_be(
     engine: str, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -88,20 +88,22 @@ def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") 
         replicates = terminal.plural(recipe.run.replicates, "replicate")
         what = views.subject(recipe.model.spec, recipe.data.spec)
         screen.message(f"{run.path}: {doing} {what}, {replicates}, {task.device}")
-        with _resumable(run, screen), terminal.SearchWatch(screen, signals.heed) as watch:
+        begun = not planned.drawn and not recipe.train.is_external  # else a training under way is done again, whole
+        kept = "what is done is kept" if begun else "trainings that are done are kept"
+        with _resumable(f"{kept} in {run.path}", run, screen), terminal.SearchWatch(screen, signals.heed) as watch:
             rounds = searching.search(recipe, task, run, planned, score, watch)
     views.show_search(screen, run, rounds, time.monotonic() - began)
 
 
 @contextmanager
-def _resumable(run: "RunDir", screen: "Screen") -> Iterator[None]:
-    """A search that is stopped ends with a word on how to go on."""
+def _resumable(kept: str, run: "RunDir", screen: "Screen") -> Iterator[None]:
+    """A search that is stopped ends with a word on what is kept and how to go on."""
     with signals.training():
         try:
             yield
             return
         except signals.Stopped as stop:
-            exit_code, told = stop.exit_code, f"what is done is kept in {run.path}"
+            exit_code, told = stop.exit_code, kept
         except TicketfindError as error:  # as it was about to keep what it had done, for one
             noted = signals.noted()
             if noted is None:
