@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from ticketfind import TicketfindError, contents, masks, train, verify
 from ticketfind.arms import Arm, Look, Outcome, Task, Watched, measured
-from ticketfind.batches import Order
+from ticketfind.batches import Order, derived_seed
 from ticketfind.course import Failed, Point
 from ticketfind.devices import Way
 from ticketfind.drawing import Drawing, Settled, Tightening
-from ticketfind.masks import Group
+from ticketfind.masks import Group, Masks
 from ticketfind.recipe import Recipe, RecipeError, Train
 from ticketfind.rundir import RunDir
 from ticketfind.scores import SCORES, Score, Seen, scored
@@ -294,6 +294,40 @@ def test_masks_drawn_ahead_are_those_of_one_training_pruned_again_and_again(
     assert all(check.passed is not False for check in verify.of_run(RunDir(tmp_path / "run")))
 
 
+def test_finetuned_masks_are_those_of_plain_pytorch_that_goes_on_under_the_mask_before(
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
+) -> None:
+    """Three steps of SGD with the schedule's last rate, a tenth of the first, from what the training before came to."""
+    settings = {"prune.ahead": [3, 2], "prune.rounds": 5, "train.schedule": "step", "train.milestones": [9]}
+    settings |= {"train.warmup": 0, "train.momentum": 0.0, "train.weight_decay": 0.0, "train.lr": 0.5}
+    task = make_task()
+    for name, more in (("tuned", {"prune.finetune": 3}), ("at once", {})):
+        run_search(make_recipe({**settings, **more}), task, tmp_path / name)
+
+    def drawn(name: str, round: int) -> Masks:
+        return load_file(tmp_path / name / f"masks/{round:02}-0.safetensors")
+
+    how, seed, groups = make_recipe(settings).train, make_recipe(settings).run.seed, [Group((n,), 0.3) for n in SHAPES]
+    net, old = copy.deepcopy(task.model), masks.dense(SHAPES)
+    net.load_state_dict(load_file(tmp_path / "tuned/trained/0.safetensors"))
+    for round in (1, 2, 3):
+        state = net.state_dict()
+        old = masks.prune(old, scored(SCORES["magnitude"], Seen(state, state, old), seed=0), groups)
+        assert all(torch.equal(old[name], drawn("tuned", round)[name]) for name in SHAPES), round
+        named = dict(net.named_parameters())
+        for name, kept in old.items():
+            named[name].data *= kept
+        assert task.data is not None
+        for inputs, targets in task.data.training(Order(derived_seed(seed, "finetune", round), how.batch_size, 9, 12)):
+            gradients = torch.autograd.grad(F.cross_entropy(net(inputs), targets), [*named.values()])
+            for name, gradient in zip(named, gradients, strict=True):
+                named[name].data -= how.lr / 10 * gradient * old.get(name, 1)
+    assert all(torch.equal(drawn("tuned", 1)[name], drawn("at once", 1)[name]) for name in SHAPES)
+    assert not all(torch.equal(drawn("tuned", 3)[name], drawn("at once", 3)[name]) for name in SHAPES)
+    assert {path.name for path in (tmp_path / "tuned/trained").iterdir()} == {"0.safetensors", "1.safetensors"}
+    assert all(check.passed is not False for check in verify.of_run(RunDir(tmp_path / "tuned")))
+
+
 def test_until_fails_measures_between_the_trainings_that_draw_ahead(
     make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
 ) -> None:
@@ -347,9 +381,23 @@ def test_a_search_that_draws_apart_goes_on_to_the_same_bytes(
     [
         ({"prune.every": 3, "prune.mask_stop": 0.9}, "prune.mask_stop: expected null beside prune.every, found both"),
         ({"prune.every": 3, "prune.score": "snip"}, "prune.every: expected null with snip, which looks at no training"),
+        ({"prune.every": "1%"}, "prune.every: expected 1 to the 12 iterations of a round, found 1% = 0 iterations"),
         ({"prune.every": 13}, "prune.every: expected 1 to the 12 iterations of a round, found 13"),
         ({"prune.ahead": []}, "prune.ahead: expected at least one number of rounds, found none"),
         ({"prune.ahead": [2], "prune.rewind": "lr"}, "prune.ahead: expected [1] beside prune.every"),
+        ({"prune.finetune": 3}, "prune.finetune: expected null where a training draws one mask (prune.ahead [1])"),
+        (
+            {"prune.ahead": [3], "prune.finetune": "200%"},
+            "prune.finetune: expected 1 to the 12 iterations of a round, found 200% = 24 iterations",
+        ),
+        (
+            {"prune.ahead": [3], "prune.finetune": 3, "prune.score": "synflow"},
+            "prune.finetune: expected null with synflow, which looks at no training, found 3",
+        ),
+        (
+            {"prune.ahead": [3], "prune.finetune": 3, "train.trainer": "a:b"},
+            "prune.finetune: expected null, as a training of your own is not looked at on its way, found 3",
+        ),
         ({"prune.mask_stop": 1.5}, "prune.mask_stop: expected a number above 0, up to 1, found 1.5"),
         ({"prune.every": 3, "train.trainer": "a:b"}, "prune.every: expected null, as a training of your own"),
         ({"prune.score": "synflow", "train.trainer": "a:b"}, "prune.score: expected one of a training's ends"),
@@ -373,15 +421,16 @@ def test_contradictions(settings: dict[str, Any], message: str, make_recipe: Cal
 # ------------------------------------------------------------------------------------------ what fails
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, module: str, places: set[tuple[int, int]]) -> None:
-    """Have a module's trainings of these (round, replicate) fail."""
+def failing(monkeypatch: pytest.MonkeyPatch, apart: bool, places: set[tuple[int, int]]) -> None:
+    """Have trainings of these (round, replicate) fail: those for a mask alone, or those that are measured."""
 
     def some(*args: Any, **more: Any) -> Any:
         for arm, outcome in fit(*args, **more):
-            is_bad = (arm.round, arm.replicate) in places
+            is_bad = ("watched" in more) == apart and (arm.round, arm.replicate) in places
             yield arm, Failed(1, "the loss is not finite") if is_bad else outcome
 
-    monkeypatch.setattr(f"ticketfind.{module}.fit", some)
+    for module in ("drawing", "search"):
+        monkeypatch.setattr(f"ticketfind.{module}.fit", some)
 
 
 def stopping(limit: int) -> Mock:
@@ -417,6 +466,9 @@ def tree(folder: Path) -> dict[str, bytes]:
         ({"prune.mask_stop": 1.0}, True, {(1, 1)}, [2, 2, 1, 1]),
         ({"prune.mask_stop": 1.0}, False, {(2, 0)}, [2, 2, 1, 1]),
         ({"prune.ahead": [2]}, False, {(1, 1)}, [2, 1, 1, 1]),  # measured after round 2
+        ({"prune.ahead": [3], "prune.finetune": 3}, True, {(1, 1)}, [2, 2, 1, 1]),  # on to the mask of round 2
+        ({"prune.ahead": [2, 1], "prune.finetune": 3}, False, {(1, 1)}, [2, 1, 1, 1]),
+        ({"prune.ahead": [3], "prune.finetune": 3}, True, {(1, 0), (1, 1)}, [2, 2]),
         ({"prune.every": 4}, True, {(0, 0), (0, 1)}, [2]),
         ({"prune.mask_stop": 1.0, "prune.until_fails": True}, True, {(1, 0), (1, 1)}, [2, 2]),
         ({"prune.ahead": [2]}, False, {(2, 0), (2, 1)}, [2, 2]),
@@ -429,7 +481,7 @@ def test_a_replicate_that_fails_takes_nothing_with_it(
 ) -> None:  # fmt: skip
     """And a search that is stopped again and again ends in the same bytes, with one line for each failure."""
     recipe = make_recipe({**settings, "run.engine": engine, "run.arms_at_once": 2, "prune.rewind": "2it"})
-    failing(monkeypatch, "drawing" if apart else "search", places)
+    failing(monkeypatch, apart, places)
     rounds = run_search(recipe, make_task(), tmp_path / "whole")
     assert [len(round.replicates) for round in rounds] == measured
     assert [round.round for round in rounds] == [*range(len(measured))]
@@ -537,6 +589,8 @@ def test_each_arm_in_step_is_looked_at_each_time(
         ({"prune.every": 4}, True, {(1, 1)}),
         ({"prune.every": 4}, False, {(0, 1)}),
         ({"prune.ahead": [2]}, False, {(1, 1)}),
+        ({"prune.ahead": [3], "prune.finetune": 3}, True, {(1, 1)}),
+        ({"prune.ahead": [2], "prune.finetune": 3}, False, {(0, 1)}),
     ],
 )
 def test_what_a_failure_spares_is_counted(
@@ -545,7 +599,7 @@ def test_what_a_failure_spares_is_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The failures here are told of when the training is over: all of it has been done."""
-    failing(monkeypatch, "drawing" if apart else "search", places)
+    failing(monkeypatch, apart, places)
     run_search(make_recipe(settings), make_task(), tmp_path / "run")
     total, _ = watch.begin.call_args.args
     skipped = sum(call.args[0] for call in watch.skip.call_args_list)
@@ -556,6 +610,8 @@ def test_what_a_failure_spares_is_counted(
     "settings",
     [
         {"prune.ahead": [3, 2], "prune.until_fails": True, "prune.rounds": 8, "run.tolerance": 2},
+        {"prune.ahead": [4, 3], "prune.finetune": 5, "prune.until_fails": True, "prune.rounds": 9, "run.tolerance": 2},
+        {"prune.ahead": [3], "prune.finetune": "25%", "run.engine": "stacked", "run.arms_at_once": 2},
         {"prune.mask_stop": 0.3, "prune.until_fails": True, "prune.rounds": 8, "run.tolerance": 2},
         {"prune.mask_stop": 0.3, "prune.rewind": "lr", "run.engine": "stacked", "run.arms_at_once": 2},
         {"prune.every": 3, "prune.rewind": "lr", "prune.scope": "global"},
@@ -569,7 +625,7 @@ def test_every_search_that_is_stopped_goes_on_to_the_same_bytes(
     settings: dict[str, Any], score: str, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe],
     run_search: Search, tmp_path: Path,
 ) -> None:  # fmt: skip
-    if score == "snip" and "prune.every" in settings:
+    if score == "snip" and ("prune.every" in settings or "prune.finetune" in settings):
         pytest.skip("refused")
     recipe = make_recipe({**settings, "prune.score": score})
     whole = run_search(recipe, make_task("normed"), tmp_path / "whole", SCORES[score])

@@ -18,8 +18,7 @@ from one_arm import OPTIMIZERS
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ticketfind import TicketfindError, engine, invariants, lanes, masks
-from ticketfind import search as searching
+from ticketfind import TicketfindError, engine, invariants, keeping, lanes, masks
 from ticketfind.arms import Task
 from ticketfind.digests import digest
 from ticketfind.invariants import Violated, is_same, of_pruning, of_start, of_training
@@ -289,7 +288,7 @@ def test_what_was_violated_in_the_very_first_training_does_not_stand_in_the_way(
 
     recipe, task = make_recipe(), make_task("normed")
     with monkeypatch.context() as patch:
-        patch.setattr(searching.invariants, "of_pruning", lambda *_: ["wrong"])
+        patch.setattr(keeping.invariants, "of_pruning", lambda *_: ["wrong"])
         with pytest.raises(Violated, match="round 0, replicate 0: wrong"):
             run_search(recipe, task, tmp_path / "run")
     assert (tmp_path / "run/violated/00-0.safetensors").exists()

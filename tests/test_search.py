@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ticketfind import TicketfindError, contents, results
+from ticketfind import TicketfindError, contents, keeping, results
 from ticketfind import plan as planning
 from ticketfind import search as searching
 from ticketfind.arms import Arm, Task
@@ -446,10 +446,10 @@ def test_a_search_that_crashed_ends_in_the_same_bytes(
         (run.path / "ticket.safetensors").unlink()
         raise Stop
 
-    original, saved = RunDir.append, searching.save_tensors
+    original, saved = RunDir.append, keeping.save_tensors
     with monkeypatch.context() as patch:
         if crash == "before the mask":
-            patch.setattr(searching, "save_tensors", save)
+            patch.setattr(keeping, "save_tensors", save)
         elif crash == "before the ticket":
             patch.setattr(RunDir, "finish", finish)
         else:

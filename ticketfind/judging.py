@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ticketfind import TicketfindError, options, signals, targets
+from ticketfind import TicketfindError, flags, options, signals, targets
 
 if TYPE_CHECKING:
     from ticketfind.terminal import Screen
@@ -62,7 +62,7 @@ def evaluate(
         extras=extras,
         trained=contents.dense_weights(run, tickets) if run is not None and "one-shot" in extras else (),
         against=others,
-        attacks=[Attack(*each) for each in options.attacks(attack or [])],
+        attacks=[Attack(*each) for each in flags.attacks(attack or [])],
         attack_examples=attack_examples,
     )
     seed = settings.pop("run.seed", None)  # of the trials; the recipe's own decides which examples are held out

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ticketfind import flags
+
 
 class ExportFormat(str, Enum):
     """What `export` writes."""
@@ -107,6 +109,9 @@ MaskStop = Annotated[
 Ahead = Annotated[
     list[int] | None,
     _option("--ahead", "Rounds whose masks a training draws; repeatable, one number for each training.", min=1),
+]
+Finetune = Annotated[
+    Text, _option("--finetune", "Train on for so long before each further mask of --ahead (500it, 2ep, 12%).")
 ]
 UntilFails = Annotated[
     bool | None,
@@ -283,6 +288,7 @@ RECIPE_OPTIONS: dict[str, tuple[Any, str]] = {
     "prune_every": (PruneEvery, "prune.every"),
     "mask_stop": (MaskStop, "prune.mask_stop"),
     "ahead": (Ahead, "prune.ahead"),
+    "finetune": (Finetune, "prune.finetune"),
     "until_fails": (UntilFails, "prune.until_fails"),
     "prune_only": (Only, "prune.only"),
     "skip": (Skip, "prune.skip"),
@@ -349,52 +355,14 @@ def recipe_settings(given: Mapping[str, Any]) -> Settings:
         if value is None or (isinstance(value, (list, tuple)) and not value):
             continue
         if name in ("model_arg", "data_arg"):
-            value = pairs([*value], f"--{name.replace('_', '-')}")
+            value = flags.pairs([*value], f"--{name.replace('_', '-')}")
         elif name == "epochs":
             value = f"{value}ep"
         elif name == "prune":
-            value = _fractions([*value])
+            value = flags.fractions([*value])
         elif name == "until":
             value = parse_value(value)
         settings[key] = value
     if "prune.until" in settings:
         settings.setdefault("prune.rounds", None)
-    return settings | pairs(given.get("setting") or [], "--set")
-
-
-def pairs(texts: list[str], flag: str) -> dict[str, Any]:
-    """KEY=VALUE texts as a dict, the values read as YAML."""
-    from ticketfind.layers import parse_value
-
-    found = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise typer.BadParameter(f"{flag}: expected KEY=VALUE, found {text!r}")
-        found[key] = parse_value(value)
-    return found
-
-
-def attacks(texts: list[str]) -> list[tuple[str, float]]:
-    """``fgsm:0.1`` texts as kinds and levels, each once."""
-    found = []
-    for text in texts:
-        kind, _, level = text.partition(":")
-        try:
-            epsilon = float(level)
-        except ValueError:
-            epsilon = -1.0
-        if kind not in ("fgsm", "pgd") or not 0 <= epsilon < float("inf"):
-            raise typer.BadParameter(f"--attack: expected fgsm:EPS or pgd:EPS with EPS at least 0, found {text!r}")
-        found.append((kind, epsilon))
-    return [*dict.fromkeys(found)]
-
-
-def _fractions(texts: list[str]) -> Any:
-    """``0.2`` or ``*=0.2 fc3.*=0.1`` as a recipe has it."""
-    from ticketfind.layers import parse_value
-
-    if len(texts) == 1 and "=" not in texts[0]:
-        return parse_value(texts[0])
-    split = [text.rpartition("=") for text in texts]
-    return {glob or "*": parse_value(value) for glob, _, value in split}
+    return settings | flags.pairs(given.get("setting") or [], "--set")

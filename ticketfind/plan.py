@@ -35,6 +35,8 @@ class Plan:
 
     ahead: dict[int, int]
     """Rounds that draw masks in the training that is measured, and how many; they are measured first."""
+    finetune: int
+    """Iterations that a network is trained on between two masks of one training."""
     may_end_early: bool
     """Whether trainings, or rounds, may turn out not to be needed."""
     memory: int
@@ -45,12 +47,17 @@ class Plan:
     @property
     def total(self) -> int:
         """Iterations of one replicate, at most."""
-        return sum(self.iterations) + sum(self.iterations[round] for round in self.drawn)
+        tuned = sum(self.finetune * len(self.tuned(round)) for round in self.ahead)
+        return sum(self.iterations) + sum(self.iterations[round] for round in self.drawn) + tuned
 
     def draws(self, round: int) -> range:
         """The rounds whose masks come of the training of a round that is measured."""
         following = range(round + 1, len(self.kept))
         return range(0) if round in self.drawn else following[: self.ahead.get(round, 0)]
+
+    def tuned(self, round: int) -> range:
+        """Those of them whose masks are drawn after training on, under the mask before."""
+        return self.draws(round)[1:] if self.finetune else range(0)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -116,6 +123,7 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
         measured=measured,
         drawn=drawn,
         ahead=_ahead(settings.ahead, len(kept)),
+        finetune=0 if settings.finetune is None else int(settings.finetune),
         may_end_early=settings.mask_stop is not None or settings.until_fails,
         memory=memory,
         disk=disk,

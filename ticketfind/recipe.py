@@ -132,7 +132,7 @@ class Prune:
     N of each M consecutive weights along a layer's inputs are kept, one of each M goes in a round, by no fraction."""
     score: str = _key(readers.choice_or_code(*SCORE_NAMES), "magnitude")
     """What is kept: the highest of this score; or module:fn(trained, initial) -> scores. See docs/guide.md."""
-    every: Duration | None = _key(readers.or_null(readers.length), None)
+    every: Duration | None = _key(readers.or_null(readers.duration), None)
     """Prune on the way, after each so many iterations of a training that is there for the mask alone; null: prune once,
     at the end of a round's training."""
     mask_stop: float | None = _key(readers.or_null(readers.share), None)
@@ -140,6 +140,9 @@ class Prune:
     kappa over the weights left); null: masks are drawn from the full trainings."""
     ahead: tuple[int, ...] = _key(readers.list_of(readers.whole(1), "a list of numbers of rounds"), [1])
     """How many rounds' masks a training draws, training after training; the last number goes on."""
+    finetune: Duration | None = _key(readers.or_null(readers.duration), None)
+    """Train on under each mask that a training draws, for so many iterations with the schedule's last learning rates,
+    before it draws the next; null: they are drawn from the same weights."""
     until_fails: bool = _key(readers.flag, False)
     """Measure no round that is sparser than one that does not match."""
     rewind: "Duration | str | None" = _key(readers.or_null(readers.rewind), None)
@@ -222,13 +225,15 @@ class Recipe:
                 f"prune.rewind: expected an iteration before the end of the training ({lengths.total}),"
                 f" found {int(rewind)}"
             )
-        every = None if self.prune.every is None or not lengths.known else lengths.at(self.prune.every)
         round_length = lengths.total - (int(rewind) if isinstance(rewind, Duration) and rewind.unit == "it" else 0)
-        if every is not None and not 1 <= int(every) <= round_length:
-            faults.append(
-                f"prune.every: expected 1 to the {round_length} iterations of a round, found {self.prune.every}"
-                f" = {int(every)} iterations"
-            )
+        every = None if self.prune.every is None or not lengths.known else lengths.at(self.prune.every)
+        finetune = None if self.prune.finetune is None or not lengths.known else lengths.at(self.prune.finetune)
+        for key, length, asked in (("every", every, self.prune.every), ("finetune", finetune, self.prune.finetune)):
+            if length is not None and not 1 <= int(length) <= round_length:
+                faults.append(
+                    f"prune.{key}: expected 1 to the {round_length} iterations of a round, found {asked}"
+                    f" = {int(length)} iterations"
+                )
         warmup = lengths.at(self.train.warmup)
         if lengths.total and int(warmup) > lengths.total:
             faults.append(
@@ -246,7 +251,7 @@ class Recipe:
                 eval_every=Duration(max(1, int(lengths.at(self.train.eval_every)))),
                 milestones=tuple(map(lengths.at, self.train.milestones)),
             ),
-            prune=dataclasses.replace(self.prune, rewind=rewind, every=every),
+            prune=dataclasses.replace(self.prune, rewind=rewind, every=every, finetune=finetune),
             run=dataclasses.replace(self.run, device=device),
         )
 
@@ -357,8 +362,11 @@ def _drawing_contradictions(model: Model, prune: Prune, train: Train) -> Iterato
         yield "prune.mask_stop: expected null beside prune.every, found both"
     if prune.every is not None and readers.pattern(prune.scope):
         yield f"prune.every: expected null with the pattern {prune.scope}, found {prune.every}"
-    if prune.every is not None and prune.score in BEFORE_TRAINING:
-        yield f"prune.every: expected null with {prune.score}, which looks at no training, found {prune.every}"
+    for key, length in (("every", prune.every), ("finetune", prune.finetune)):
+        if length is not None and prune.score in BEFORE_TRAINING:
+            yield f"prune.{key}: expected null with {prune.score}, which looks at no training, found {length}"
+    if prune.finetune is not None and prune.ahead == (1,):
+        yield f"prune.finetune: expected null where a training draws one mask (prune.ahead [1]), found {prune.finetune}"
     if not prune.ahead:
         yield "prune.ahead: expected at least one number of rounds, found none"
     if prune.ahead != (1,) and (prune.every is not None or prune.mask_stop is not None or prune.rewind == "lr"):
@@ -370,7 +378,7 @@ def _drawing_contradictions(model: Model, prune: Prune, train: Train) -> Iterato
             f"prune.score: expected one of a training's ends, as model.trained shows no way there, found {prune.score}"
         )
     if train.is_external:
-        asked = {"prune.every": prune.every, "prune.mask_stop": prune.mask_stop}
+        asked = {"prune.every": prune.every, "prune.mask_stop": prune.mask_stop, "prune.finetune": prune.finetune}
         for key in (key for key, value in asked.items() if value is not None):
             yield f"{key}: expected null, as a training of your own is not looked at on its way, found {asked[key]}"
         if prune.score in (*BEFORE_TRAINING, *OF_THE_WAY):

@@ -78,9 +78,16 @@ class RunDir:
             / (f"{replicate}.safetensors" if round is None else f"{round:02}-{replicate}.safetensors")
         )
 
-    def trained_file(self, replicate: int) -> Path:
-        """Weights and buffers that a replicate's dense training, round 0, ended with."""
-        return self.path / "trained" / f"{replicate}.safetensors"
+    def trained_file(self, replicate: int, round: int = 0) -> Path:
+        """Weights and buffers that a replicate's training in a round ended with: the dense one, and those that are to
+        be trained on."""
+        return self.path / "trained" / (f"{round:02}-{replicate}.safetensors" if round else f"{replicate}.safetensors")
+
+    def forget_trained(self, rounds: range) -> None:
+        """Remove what trainings of these rounds ended with; not the dense ones'."""
+        for round in rounds:
+            for file in self.trained_file(0).parent.glob(f"{round:02}-*.safetensors"):
+                file.unlink()
 
     def mask_file(self, round: int, replicate: int) -> Path:
         """The masks that a round trains under."""

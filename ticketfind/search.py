@@ -1,47 +1,26 @@
 """Iterative magnitude pruning (arXiv 1803.03635, section 2): train, prune, rewind, again; resumable."""
 
 import dataclasses
-import json
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 from ticketfind import TicketfindError, contents, invariants, masks, prunable, results, rundir
-from ticketfind.arms import Arm, Outcome, State, Task
+from ticketfind.arms import Arm, Outcome, Task, Watched
+from ticketfind.batches import derived_seed
 from ticketfind.connection import is_disconnected
-from ticketfind.course import Failed, Point
+from ticketfind.course import Failed
 from ticketfind.devices import Way
 from ticketfind.drawing import Drawing
-from ticketfind.masks import Masks
+from ticketfind.keeping import Keeper, Watch
 from ticketfind.plan import Plan
 from ticketfind.recipe import Recipe
 from ticketfind.rundir import RunDir
 from ticketfind.scores import Score
 from ticketfind.snapshots import Snapshots
 from ticketfind.standing import Standing
-from ticketfind.tensorfile import read_metadata, read_tensors, save_tensors
+from ticketfind.tensorfile import read_tensors
 from ticketfind.train import check_memory, fit, judge
-
-
-class Watch(Protocol):
-    """Told how a search gets on."""
-
-    def begin(self, total: int, done: int) -> None:
-        """Iterations of the whole search over all replicates, and those that an earlier process has done."""
-
-    def tick(self, iterations: int) -> None:
-        """Iterations done since the last call."""
-
-    def skip(self, iterations: int) -> None:
-        """Iterations that will not be done."""
-
-    def round(self, finished: results.Round) -> None:
-        """A round is finished."""
-
-    def note(self, text: str) -> None:
-        """Something that the user should know."""
 
 
 def search(recipe: Recipe, task: Task, run: RunDir, plan: Plan, score: Score, watch: Watch) -> list[results.Round]:
@@ -55,7 +34,8 @@ def search(recipe: Recipe, task: Task, run: RunDir, plan: Plan, score: Score, wa
         snapshots = Snapshots(run.state_folder, recipe.run.snapshot, run.check)
         drawing = Drawing(score, task, recipe.train, plan.groups, plan.shapes)
         try:
-            return _Job(recipe, task, run, plan, drawing, watch, snapshots).rounds()
+            keeper = Keeper(task, run, plan, drawing, watch)
+            return _Job(recipe, task, run, plan, drawing, watch, snapshots, keeper).rounds()
         except Exception as error:
             run.check()  # a directory that has gone is the better reason, whatever it has led to
             if is_new and isinstance(error, TicketfindError):
@@ -74,6 +54,7 @@ class _Job:
     drawing: Drawing
     watch: Watch
     snapshots: Snapshots
+    keeper: Keeper
 
     def rounds(self) -> list[results.Round]:
         self.watch.begin(*self.iterations())
@@ -95,6 +76,7 @@ class _Job:
         """The rounds in the order in which they are measured: first those that draw masks, as far as they are needed,
         then the others, all of them or those in between a round that matches and one that does not."""
         yield 0
+        self.draw_further(0)
         for round in self.plan.drawn:
             self.draw(round)
         rounds, until_fails = range(1, self.plan.measured), self.recipe.prune.until_fails
@@ -103,6 +85,7 @@ class _Job:
             yield round
             if until_fails and not self.standing().is_matching(round):
                 break
+            self.draw_further(round)
         if not until_fails:
             yield from (round for round in rounds if round not in drawing)
             return
@@ -112,6 +95,8 @@ class _Job:
         now = self.standing()
         unseen = {*rounds}.difference(now.known(rounds))
         self.watch.skip(sum(self.plan.iterations[round] * len(now.alive(round)) for round in unseen))
+        spared = [number for round in self.plan.ahead for number in self.plan.tuned(round)]
+        self.watch.skip(sum(self.plan.finetune * len(self.untuned(number)) for number in spared))
 
     def measure(self, round: int) -> None:
         """Train what is not yet trained of a round, in full; it draws the next mask, if none does it apart."""
@@ -122,7 +107,7 @@ class _Job:
         with closing(self.train(round, arms)) as trained:
             for replicate, (arm, outcome) in zip(todo, trained, strict=True):
                 if replicate not in over:
-                    self.finish(round, replicate, arm, outcome)
+                    self.keeper.finish(round, replicate, arm, outcome)
         self.snapshots.clear(round)
 
     def draw(self, round: int) -> None:
@@ -132,7 +117,7 @@ class _Job:
         todo = self.todo([replicate for replicate in now.alive(round) if replicate in dense], over)
         arms = [self.arm(round, replicate, for_mask=True) for replicate in todo]
         trainings = self.drawing.trainings(
-            arms, self.initial, self.recipe.prune, way=Way.of(self.recipe.run), tick=self.watch.tick,
+            arms, self.keeper.initial, self.recipe.prune, way=Way.of(self.recipe.run), tick=self.watch.tick,
             note=self.watch.note,
         )  # fmt: skip
         with closing(trainings) as trained:
@@ -141,13 +126,50 @@ class _Job:
                     continue
                 self.run.check()
                 if isinstance(outcome, Failed):
-                    self.fail(round + 1, replicate, arm, outcome, untrained=True)
+                    self.keeper.fail(round + 1, replicate, arm, outcome, untrained=True)
                     continue
                 done = outcome.points[-1].iteration - arm.first
                 self.watch.skip(self.plan.iterations[round] - done)
-                self.keep(round, replicate, arm, outcome)
+                self.keeper.keep(round, replicate, arm, outcome, self.keeper.initial(arm))
                 line = {"round": round, "replicate": replicate, "iterations": done}
                 self.run.append({**line, "accuracy_end": outcome.measured.accuracy_end}, self.run.drawn_file)
+
+    def draw_further(self, round: int) -> None:
+        """Draw the masks of a round's training after its first, each after training on under the one before."""
+        keeper, further = self.keeper, self.plan.tuned(round)
+        for number in further:
+            there, todo = self.run.masks(), self.untuned(number)
+            trainings = fit(
+                [self.going_on(number - 1, replicate) for replicate in todo], self.task, self.recipe.train,
+                way=Way.of(self.recipe.run), tick=self.watch.tick, note=self.watch.note,
+                paths=self.drawing.score.needs_path, watched=Watched(every=self.plan.finetune),
+            )  # fmt: skip
+            with closing(trainings) as tuned:
+                for replicate, (arm, outcome) in zip(todo, tuned, strict=True):
+                    if (number, replicate) in there:
+                        continue
+                    self.run.check()
+                    if isinstance(outcome, Failed):
+                        keeper.fail(number, replicate, arm, outcome, untrained=True)
+                        continue
+                    keeper.hold(arm, outcome, invariants.of_training(outcome.final, arm.masks))
+                    keeper.save(self.run.trained_file(replicate, number - 1), outcome.final)
+                    keeper.keep(number - 1, replicate, arm, outcome, keeper.at_rewind_point(replicate))
+        self.run.forget_trained(range(max(1, round), further.stop - 1))
+
+    def going_on(self, round: int, replicate: int) -> Arm:
+        """Train on under a round's mask, at the schedule's last learning rates, from what drew it."""
+        start, _ = read_tensors(self.run.trained_file(replicate, round - 1), "trained weights")
+        mask, _ = read_tensors(self.run.mask_file(round, replicate), "mask")
+        name = f"replicate {replicate}, on to the mask of round {round + 1}"
+        seed = derived_seed(self.recipe.run.seed + replicate, "finetune", round)
+        return Arm(name, start, mask, seed, int(self.recipe.train.iterations) - self.plan.finetune, round, replicate)
+
+    def untuned(self, number: int) -> list[int]:
+        """Replicates whose mask of this round is drawn after training on, and is to be."""
+        there = self.run.masks()
+        alive = self.standing().alive(number)
+        return self.todo(alive, {replicate for replicate in alive if (number, replicate) in there})
 
     def standing(self) -> Standing:
         """What the logs say now."""
@@ -180,6 +202,9 @@ class _Job:
             if round < self.plan.measured:
                 todo = self.todo(alive, now.over(round))
                 done += count * (len(alive) - len(todo)) + self.snapshots.done(round, todo)
+            for number in self.plan.tuned(round):
+                total += self.plan.finetune * len(now.alive(number))
+                done += self.plan.finetune * (len(now.alive(number)) - len(self.untuned(number)))
             if round in self.plan.drawn:
                 own = [line["iterations"] for line in now.drawn if line["round"] == round]
                 total += count * len(set(alive) - now.drawn_over(round)) + sum(own)
@@ -190,6 +215,7 @@ class _Job:
         """Write the winner, or the one ticket that is drawn and not trained; the finished rounds."""
         plan, run = self.plan, self.run
         self.measured(0)
+        run.forget_trained(range(1, len(plan.kept)))
         rounds = contents.finished_rounds(run, self.recipe)
         winner = results.winner_of(rounds)
         if winner is not None:
@@ -247,12 +273,12 @@ class _Job:
         drawn before."""
         name, seed = f"round {round}, replicate {replicate}", self.recipe.run.seed + replicate
         if round == 0 and for_mask:
-            start = self.at_rewind_point(replicate)
+            start = self.keeper.at_rewind_point(replicate)
             return Arm(name, start, masks.dense(self.plan.shapes), seed, self.plan.rewind, 0, replicate)
         if round == 0:
             return Arm(name, self.task.start(seed), {}, seed, replicate=replicate)
         self.run.check()
-        start, _ = read_tensors(self.start_file(round, replicate), "rewind point")
+        start, _ = read_tensors(self.keeper.start_file(round, replicate), "rewind point")
         mask, _ = read_tensors(self.run.mask_file(round, replicate), "mask")
         emptied = ", ".join(parameter for parameter, kept in mask.items() if not bool(kept.any()))
         if emptied:
@@ -268,102 +294,3 @@ class _Job:
                 " --skip it, prune it less (--prune '*=0.2' --prune GLOB=0.05), or take fewer rounds"
             )
         return Arm(name, start, mask, seed, self.plan.rewind, round, replicate)
-
-    def finish(self, round: int, replicate: int, arm: Arm, outcome: Outcome | Failed) -> None:
-        """Draw the next round's mask, and put everything about this training on disk; the log line last."""
-        self.run.check()
-        if isinstance(outcome, Failed):
-            self.fail(round, replicate, arm, outcome)
-            return
-        plan, old = self.plan, arm.masks or masks.dense(self.plan.shapes)
-        self.hold(arm, outcome, invariants.of_training(outcome.final, old))
-        if round == 0:
-            start = arm.start
-            if not plan.moves:
-                assert outcome.kept is not None
-                start = outcome.kept
-            about = {"ticketfind": json.dumps(_about_start(arm.start, plan, self.task))}
-            self.save(self.start_file(0, replicate), start, about)
-            self.save(self.run.trained_file(replicate), outcome.final)
-        if plan.draws(round):
-            self.keep(round, replicate, arm, outcome)
-        self.run.append(_log_line(round, replicate, old, outcome))
-
-    def keep(self, round: int, replicate: int, arm: Arm, outcome: Outcome) -> None:
-        """Put the next masks on disk; with learning-rate rewinding, the weights too that the next round starts from."""
-        old = arm.masks or masks.dense(self.plan.shapes)
-        initial = outcome.kept if outcome.kept is not None and not self.plan.moves else self.initial(arm)
-        rounds = len(self.plan.draws(round)) or 1
-        drawn = (
-            [outcome.masks]
-            if outcome.masks is not None
-            else self.drawing.of_training(arm, initial, outcome.final, outcome.path, rounds=rounds)
-        )
-        for number, new in enumerate(drawn, round + 1):
-            self.hold(arm, outcome, invariants.of_pruning(new, old, self.plan.kept[number], self.plan.groups, number))
-            old = new
-        if self.plan.moves:
-            about = read_metadata(self.start_file(0, replicate), "rewind point")
-            self.save(self.start_file(round + 1, replicate), outcome.final, about)
-        for number, new in enumerate(drawn, round + 1):
-            self.save(self.run.mask_file(number, replicate), new)
-
-    def initial(self, arm: Arm) -> State:
-        """The weights that scores compare trained ones with: those of the rewind point."""
-        return self.at_rewind_point(arm.replicate) if self.plan.moves else arm.start
-
-    def at_rewind_point(self, replicate: int) -> State:
-        """The same from its file."""
-        return read_tensors(self.start_file(0, replicate), "rewind point")[0]
-
-    def fail(self, round: int, replicate: int, arm: Arm, outcome: Failed, *, untrained: bool = False) -> None:
-        """End a replicate in a round. untrained: it is the training for this round's mask that failed."""
-        self.watch.note(f"{arm.name}: {outcome.reason}; it ends here, and the other replicates go on")
-        over = {line["round"] for line in self.run.log() if line["replicate"] == replicate}
-        unmeasured = {*range(round + (not untrained), self.plan.measured)} - over
-        undrawn = [later for later in self.plan.drawn if later >= round] if untrained or round == 0 else []
-        self.watch.skip(sum(self.plan.iterations[later] for later in (*unmeasured, *undrawn)))
-        line = {"round": round, "replicate": replicate, "failed": f"{arm.name}: {outcome.reason}"}
-        self.run.append({**line, "untrained": True} if untrained else line)
-
-    def hold(self, arm: Arm, outcome: Outcome, faults: list[str]) -> None:
-        """Raise Violated where there are faults, once what there is has been saved."""
-        if not faults:
-            return
-        file = self.run.violated_file(arm.round, arm.replicate)
-        parts = {"start": arm.start, "mask": arm.masks, "final": outcome.final}
-        self.save(file, {f"{part}/{name}": t for part, state in parts.items() for name, t in state.items()})
-        raise invariants.Violated.of(arm.name, [*faults[:3], f"its weights and masks are in {file}"])
-
-    def save(self, file: Path, tensors: State, about: dict[str, str] | None = None) -> None:
-        """Write tensors into the run directory, which is not begun anew where it has gone."""
-        save_tensors(file, tensors, about, root=self.run.path)
-
-    def start_file(self, round: int, replicate: int) -> Path:
-        """Where the weights that a round starts from are kept."""
-        return self.run.start_file(replicate, round if self.plan.moves else None)
-
-
-def _about_start(initial: State, plan: Plan, task: Task) -> dict[str, Any]:
-    sigma = {name: float(initial[name].double().std(correction=0)) for name in plan.shapes}
-    return {
-        "iteration": plan.rewind,
-        "sigma": sigma,
-        "aliases": prunable.aliases(task.model),
-        "checkpoint_dtype": task.given_dtype,
-    }
-
-
-def _log_line(round: int, replicate: int, mask: Masks, outcome: Outcome) -> dict[str, Any]:
-    points = [asdict(point) for point in outcome.points]
-    return {
-        "round": round,
-        "replicate": replicate,
-        "kept": masks.count(mask),
-        "remaining": masks.remaining(mask),
-        "began": outcome.began,
-        **asdict(outcome.measured),
-        "test_size": outcome.test_size,
-        "kept_per_tensor": {name: int(m.sum()) for name, m in mask.items()},
-        "curve": {key: [point[key] for point in points] for key in Point.__dataclass_fields__},
-    }
