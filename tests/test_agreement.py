@@ -43,7 +43,7 @@ def test_difference_sees_any_bit_of_the_initial_weights(
 def test_tickets_of_different_networks_are_not_compared(
     make_task: Callable[..., Task], make_ticket: Callable[..., Ticket]
 ) -> None:
-    with pytest.raises(TicketfindError, match=r"masks of different networks: fc3\.weight only in one of them"):
+    with pytest.raises(TicketfindError, match=r"masks of different networks: fc3\.weight only in .*--skip"):
         difference(make_ticket(make_task()), make_ticket(make_task("normed")))
 
 

@@ -36,13 +36,16 @@ def trained(task: Task) -> State:
 
 
 def by_hand(net: nn.Module, test: Split, epsilon: float, steps: int, size: float) -> float:
-    """Accuracy after `steps` steps along the gradient's sign, kept near the input and in the test inputs' range."""
+    """Accuracy after `steps` steps along the gradient's sign, kept near the input and in the test inputs' range, of
+    images channel by channel."""
     x, y = test.inputs, test.targets
+    channels = [x] if x.ndim < 4 else x.unbind(1)
+    low, high = (torch.stack([f(c) for c in channels]).view(-1, *[1] * (x.ndim - 2)) for f in (torch.min, torch.max))
     changed = x.clone()
     for _ in range(steps):
         changed = changed.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(F.cross_entropy(net(changed), y), changed)
-        changed = torch.clamp(changed + size * gradient.sign(), x - epsilon, x + epsilon).clamp(x.min(), x.max())
+        changed = torch.clamp(changed + size * gradient.sign(), x - epsilon, x + epsilon).clamp(low, high)
     return float((net(changed).argmax(1) == y).float().mean())
 
 
@@ -78,10 +81,73 @@ def test_fewer_examples_are_the_same_for_every_network_and_of_all_classes(task: 
     order = task.data.test.targets.argsort()
     test = Split(task.data.test.inputs[order], task.data.test.targets[order])
     small = Task(task.model, Data(task.data.train, task.data.validation, test), task.device, task.fresh)
-    _, targets = attack._examples(small, 24)
-    assert len(targets) == 24 and len(targets.unique()) == 4
-    inputs, _ = attack._examples(small, 24)
-    assert torch.equal(inputs, attack._examples(small, 24)[0])
+    name, inputs, targets = attack._examples(small, 24)
+    assert name is None and len(targets) == 24 and len(targets.unique()) == 4
+    assert torch.equal(inputs, attack._examples(small, 24)[1])
+
+
+class Recurrent(nn.Module):
+    """Dropout between the layers and of its own, and BatchNorm: what training mode would change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(3, 8, 2, batch_first=True, dropout=0.5)
+        self.norm = nn.BatchNorm1d(8)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(self.rnn(x.view(-1, 4, 3))[0][:, -1])
+        return self.fc(F.dropout(hidden, 0.5, self.training))
+
+
+class Colors(nn.Module):
+    """[b, 3, 2, 2] -> [b, 4]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.flatten(1))
+
+
+def test_networks_are_attacked_in_evaluation_mode(make_task: Callable[..., Task]) -> None:
+    """A recurrent one too, which the library would attack, and leave, in training mode."""
+    task = make_task(Recurrent)
+    weights = {name: value * (4 if name == "fc.weight" else 1) for name, value in task.fresh(3).items()}
+    weights["norm.running_mean"] += 0.1
+    found = attack.prepare(task, [Attack("fgsm", 0.5), Attack("pgd", 0.5)], 1000)
+    once = found(weights)
+    assert found(weights) == once, "nothing is drawn"
+    net = task.model.eval()
+    net.load_state_dict(weights)
+    test = task.data.test
+    assert once["clean"] == pytest.approx(float((net(test.inputs).argmax(1) == test.targets).float().mean()))
+    assert once["fgsm:0.5"] == pytest.approx(by_hand(net, test, 0.5, 1, 0.5))
+    assert once["pgd:0.5"] == pytest.approx(by_hand(net, test, 0.5, 40, 0.05), abs=1 / len(test))
+
+
+def test_a_channel_of_an_image_has_a_range_of_its_own(make_task: Callable[..., Task]) -> None:
+    """As normalized images have; a channel of one number everywhere stays as it is."""
+    plain = make_task().data.test
+    scale, shift = torch.tensor([1.0, 0.1, 0.0]).view(3, 1, 1), torch.tensor([0.0, 7.0, 2.0]).view(3, 1, 1)
+    test = Split(plain.inputs.view(-1, 3, 2, 2).sigmoid().round(decimals=1) * scale + shift, plain.targets)
+    task = make_task(Colors, data=Data(test, test, test))
+    weights = task.fresh(0)
+    attacks = [Attack("fgsm", 0.6), Attack("pgd", 0.6)]
+    said: list[str] = []
+    found = attack.prepare(task, attacks, 1000, note=said.append)(weights)
+    net = task.model.eval()
+    net.load_state_dict(weights)
+    assert found["fgsm:0.6"] == pytest.approx(by_hand(net, test, 0.6, 1, 0.6))
+    assert found["pgd:0.6"] == pytest.approx(by_hand(net, test, 0.6, 40, 0.06), abs=1 / len(test))
+    low, high = attack._range(test.inputs)
+    assert low.shape == high.shape == (3, 1, 1)
+    assert low.ravel()[2] == 2 and high.ravel()[2] == pytest.approx(2, abs=1e-6)
+    assert said == [
+        f"attacked are 60 test examples, inputs from {test.inputs.min():.4g} to {test.inputs.max():.4g};"
+        " epsilon is in these units"
+    ]
 
 
 class Dicts(nn.Module):
@@ -98,20 +164,60 @@ class Places(Dicts):
         return self.fc(x).unsqueeze(-1)
 
 
+class Few(Dicts):
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(x)[:, :3]
+
+
+class Cut(Dicts):
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(x.detach())
+
+
+class Named(Dicts):
+    def forward(self, *, values: Tensor, labels: Tensor | None = None) -> Any:
+        return {"logits": self.fc(values), "loss": torch.zeros(())}
+
+
+def test_inputs_by_name(make_task: Callable[..., Task]) -> None:
+    """As transformers' image classifiers have them, along with the labels: the numbers are those of plain ones."""
+    plain = make_task(Dicts)
+    test = plain.data.test
+    named = Split({"values": test.inputs, "labels": test.targets}, test.targets)
+    attacks = [Attack("fgsm", 0.1), Attack("pgd", 0.3)]
+    weights = plain.fresh(0)
+    found = attack.prepare(make_task(Named, data=Data(named, named, named)), attacks, 50)(weights)
+    assert found == attack.prepare(plain, attacks, 50)(weights)
+
+
 def test_outputs_of_any_kind_that_hold_scores(make_task: Callable[..., Task]) -> None:
     task = make_task(Dicts)
     assert attack.prepare(task, [Attack("fgsm", 0.1)], 50)(task.fresh(0)).keys() == {"clean", "fgsm:0.1"}
-    with pytest.raises(TicketfindError, match=r"expected a score for each class .* found outputs of \[2, 4, 1\]"):
-        attack.prepare(make_task(Places), [Attack("fgsm", 0.1)], 50)
+
+
+@pytest.mark.parametrize(
+    ("net", "says"),
+    [
+        (Places, r"expected a score for each of 4 classes \(\[b, classes\]\), found outputs of \[2, 4, 1\]"),
+        (Few, r"expected a score for each of 4 classes .* found outputs of \[2, 3\]"),
+        (Cut, r"the network cannot be attacked: .*"),
+    ],
+)
+def test_a_network_that_cannot_be_attacked_is_said_before_any_training(
+    make_task: Callable[..., Task], net: type[nn.Module], says: str
+) -> None:
+    with pytest.raises(TicketfindError, match=f"^attack: {says}$"):
+        attack.prepare(make_task(net), [Attack("fgsm", 0.1)], 50)
 
 
 @pytest.mark.parametrize(
     ("inputs", "targets", "says"),
     [
-        ({"a": torch.zeros(8, 12)}, torch.arange(8) % 4, "several by name"),
+        ({"a": torch.zeros(8, 12), "b": torch.zeros(8)}, torch.arange(8) % 4, "a, b by name"),
         (torch.zeros(8, 12, dtype=torch.int64), torch.arange(8) % 4, "torch.int64"),
         (torch.zeros(8, 12), torch.zeros(8), "torch.float32 of shape"),
         (torch.zeros(8, 12), torch.zeros(8, 3, dtype=torch.int64), r"shape \[8, 3\]"),
+        (torch.zeros(8, 12), torch.arange(8) % 4 - 1, r"shape \[8\], -1 the lowest"),
     ],
 )
 def test_what_cannot_be_attacked_is_said(

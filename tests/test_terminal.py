@@ -7,8 +7,10 @@ from rich.console import Console
 
 from ticketfind import answers, terminal
 from ticketfind.agreement import Difference
+from ticketfind.experiments import Evaluation
 from ticketfind.masks import Overlap
 from ticketfind.results import Round, Spread, Stats
+from ticketfind.verdict import Comparison, Verdict
 
 
 def shown(width: int) -> tuple[terminal.Screen, io.StringIO]:
@@ -46,6 +48,25 @@ def test_rows_of_rounds_line_up_and_fit(width: int) -> None:
     assert all(line.startswith(" ") and line[: len(header)].rstrip()[-1].isdigit() for line in lines[1:])
     assert "97.55 ± 0.27" in lines[1] and lines[1].endswith("matching")
     assert max(map(len, lines)) <= max(width + 3, 42)
+
+
+@pytest.mark.parametrize(
+    ("difference", "interval", "says"),
+    [
+        (0.01234, (-0.002, 0.02668), "+1.23 [-0.20, +2.67]"),
+        (-1e-17, (-0.00001, 0.00001), "+0.00 [+0.00, +0.00]"),
+        (-0.05, None, "-5.00"),
+    ],
+)
+def test_a_difference_has_its_sign_and_zero_none_below(
+    difference: float, interval: tuple[float, float] | None, says: str
+) -> None:
+    screen, text = shown(100)
+    stats = Stats(*[Spread(0.5, None, (0.5,))] * 3)
+    compared = Comparison("ticket", "dense", difference, interval)
+    found = Evaluation(0.5, None, {"dense": stats}, 1, Verdict("winning", 0.0, (compared,)), ())
+    answers.show_evaluation(screen, found, {})
+    assert text.getvalue().splitlines()[1].endswith(f"  {says}")
 
 
 def test_control_characters_are_shown_not_obeyed() -> None:

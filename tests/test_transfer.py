@@ -108,6 +108,55 @@ def test_one_line_where_the_inputs_have_another_shape(command: Callable[..., Any
     assert "fc1.weight has shape (300, 64) in the ticket, (300, 81) in the model" in ran.err
 
 
+@pytest.mark.parametrize(
+    "other", [["--data-arg", "sort=true"], ["--set", "data.validation=100"], ["--set", "train.lr=0.01"]], ids=str
+)
+def test_a_run_keeps_evaluations_of_its_own_data_and_settings_only(
+    command: Callable[..., Any], tmp_path: Path, other: list[str]
+) -> None:
+    """The report puts what is kept side by side; what a device or a tolerance is may differ."""
+    (tmp_path / "load.py").write_text(
+        "import torch\n"
+        "def load(sort=False):\n"
+        "    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))\n"
+        "    y = (x[:, 0] > 0).long()\n"
+        "    return (x, y), (x[:100], y[:100].sort().values if sort else y[:100])\n"
+    )
+    data = ["--data", "load.py:load", "--set", "data.validation=50"]
+    assert command(*SEARCH, "--model", "lenet-300-100", *data, "--out", "run").code == 0
+    asked = ["eval", "run", "--round", "2", "--trials", "1"]
+    refused = command(*asked, *other)
+    assert refused.code == 0 and not Path("run/evals").exists()
+    key = {"--data-arg": "data.args"}.get(other[0]) or other[1].split("=")[0]
+    assert f"not kept in run, whose settings are others: {key}: " in " ".join(refused.out.split())
+    assert command(*asked, "--tolerance", "3", "--device", "cpu", "--engine", "eager", "-q").code == 0
+    assert len([*Path("run/evals").iterdir()]) == 1
+
+
+def test_no_more_tickets_beside_it_than_trainings(command: Callable[..., Any]) -> None:
+    assert command(*SEARCH).code == 0 and command(*SEARCH, "digits", "--out", "three", "--replicates", "3").code == 0
+    asked = ["eval", "runs/digits", "--round", "2", "--against", "three", "--trials"]
+    for trials, says in ((1, "2 of them"), (2, "3 of them")):
+        assert command(*asked, trials, "--json").json["notes"][0].endswith(says)
+
+
+def test_notes_and_faults_say_when_they_are_of_the_other_ticket(command: Callable[..., Any], tmp_path: Path) -> None:
+    assert command(*SEARCH).code == 0
+    parities(tmp_path / "five.npz")
+    assert command(*SEARCH, "digits", "--data", "five.npz", "--out", "five").code == 0
+    asked = ["eval", "five", "--round", "2", "--trials", "1", "--against"]
+    notes = command(*asked, "runs/digits", "--json").json["notes"]
+    assert "against: found on other classes; fc3.weight, fc3.bias start afresh and keep all their weights" in notes
+    assert not any("these data" in note for note in notes)
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\ndef net(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+    )
+    assert command(*SEARCH, "--model", "net.py:net", "--data", "digits", "--out", "small").code == 0
+    refused = command(*asked, "small", "-q")
+    assert refused.code == 1 and refused.err.startswith("error: against: the ticket does not fit the model: ")
+
+
 # ------------------------------------------------------------------------------------------ the pure function
 
 
@@ -157,3 +206,57 @@ def test_sigma_of_the_new_head_and_what_one_shot_needs(
     assert any(note.startswith("one-shot is left out") for note in found.notes)
     with pytest.raises(TicketfindError, match="does not fit the model"):
         experiments.evaluate(design, make_task("normed"), make_train(), first_seed=0)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_new_head_stays_whole_in_every_arm(
+    scope: str, make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket],
+    trained_arms: dict[str, Arm],
+) -> None:  # fmt: skip
+    """Where all layers are ranked together too; the others keep as many weights as they have in the ticket."""
+    ticket = make_ticket(make_task())
+
+    class Six(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2, self.fc3 = nn.Linear(12, 16), nn.Linear(16, 12), nn.Linear(12, 6)
+            nn.init.normal_(self.fc3.weight, std=1e-6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc3(self.fc2(self.fc1(x).relu()).relu())
+
+    groups = masks.make_groups([*ticket.masks], {"*": 0.2}, scope)
+    design = Design(tickets=[ticket], trials=2, extras=["init-magnitude"])
+    experiments.evaluate(design, make_task(Six), make_train(), first_seed=0, groups=groups)
+    pruned = {name: arm.masks for name, arm in trained_arms.items() if arm.masks}
+    assert len(pruned) == 8
+    for name, found in pruned.items():
+        assert found["fc3.weight"].shape == (6, 12) and found["fc3.weight"].all(), name
+        kept = [sum(int(m[n].sum()) for n in ("fc1.weight", "fc2.weight")) for m in (found, ticket.masks)]
+        assert kept[0] == kept[1], name
+
+
+class Tokens(nn.Module):
+    """[b, 12] -> [b, 4], a row of its table for each of `tokens`."""
+
+    tokens = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Embedding(self.tokens, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.table(x.abs().long().clamp(max=self.tokens - 1)).mean(1))
+
+
+class MoreTokens(Tokens):
+    tokens = 9
+
+
+def test_a_table_of_tokens_is_no_head(
+    make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket]
+) -> None:
+    """Its rows are inputs: with others, what the ticket has learned of them would be gone."""
+    design = Design(tickets=[make_ticket(make_task(Tokens))], trials=1)
+    with pytest.raises(TicketfindError, match=r"table\.weight has shape \(8, 6\) in the ticket, \(9, 6\) in the model"):
+        experiments.evaluate(design, make_task(MoreTokens), make_train(), first_seed=0)

@@ -64,11 +64,8 @@ def _arm_row(name: str, stats: Stats, to_ticket: "Comparison | None") -> tuple[s
 def _above(to_ticket: "Comparison | None") -> str:
     if to_ticket is None:
         return ""
-    above = f"{100 * to_ticket.difference:+.2f}"
-    if to_ticket.interval is None:
-        return above
-    low, high = (100 * bound for bound in to_ticket.interval)
-    return f"{above} [{low:+.2f}, {high:+.2f}]"
+    above, *bounds = (f"{round(100 * x, 2) + 0:+.2f}" for x in (to_ticket.difference, *(to_ticket.interval or ())))
+    return f"{above} [{', '.join(bounds)}]" if bounds else above
 
 
 def show_difference(screen: Screen, found: "Difference", between: "Between | None") -> None:

@@ -3,7 +3,8 @@
 import copy
 import statistics
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ticketfind import TicketfindError
-from ticketfind.arms import State, Task
-from ticketfind.batches import Order
-from ticketfind.outputs import predictions
+from ticketfind.arms import Note, State, Task
+from ticketfind.batches import Order, chunk_size
+from ticketfind.examples import TARGET_KEYS
+from ticketfind.outputs import call, predictions
 from ticketfind.results import Spread
+from ticketfind.specs import one_line
 from ticketfind.verdict import Comparison
 
 CLEAN = "clean"
@@ -23,6 +26,9 @@ STEPS = 40
 STEP = 0.1
 """Of pgd: iterations, and the size of one as a share of epsilon."""
 _BATCH = 250
+"""Examples that are attacked at once, at most."""
+_CHANNELS = 4
+"""Up to which the second axis of four is taken for an image's channels."""
 
 
 @dataclass(frozen=True)
@@ -63,43 +69,66 @@ class Attacked:
 class _Scores(nn.Module):
     """A network as attacks take one: inputs [b, ...] -> scores [b, classes]."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, name: str | None) -> None:
+        """name: of the argument that the inputs are passed by."""
         super().__init__()
-        self.net = net
+        self.net, self.name = net, name
+        self.is_recurrent = any(isinstance(module, nn.RNNBase) for module in net.modules())
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return predictions(self.net(inputs)).float()
+        # cuDNN's recurrent layers have gradients in training mode only
+        with torch.backends.cudnn.flags(enabled=False) if self.is_recurrent else nullcontext():
+            return predictions(call(self.net, inputs if self.name is None else {self.name: inputs})).float()
 
 
-def prepare(task: Task, attacks: Sequence[Attack], most: int) -> Callable[[State], dict[str, float]]:
+def prepare(
+    task: Task, attacks: Sequence[Attack], most: int, *, batch_size: int = _BATCH, note: Note = lambda text: None
+) -> Callable[[State], dict[str, float]]:
     """A function from trained weights to accuracies (fractions): CLEAN, and under each attack by its name.
 
     All are measured on the same test examples: `most` of them, drawn once for all networks, or all if there are fewer.
-    Attacked inputs stay within the range of these examples' inputs. Raises TicketfindError where the library that
-    attacks is not installed, and where these are no inputs and labels that it could attack.
+    Attacked inputs stay within the range of these examples' inputs, which `note` is told. batch_size: of the training,
+    which has fitted into memory. Raises TicketfindError where the library that attacks is not installed, and where
+    these are no inputs, labels and network that it could attack.
     """
     _check_library()
-    inputs, targets = _examples(task, most)
+    name, inputs, targets = _examples(task, most)
     net = copy.deepcopy(task.model)
-    scores = _Scores(net).eval()
-    victim = _victim(scores, inputs)
+    scores = _Scores(net, name).eval()
     x, y = inputs.cpu().numpy(), targets.cpu().numpy()
+    size = min(_BATCH, chunk_size(batch_size, inputs))
+    with _in_one_line():  # before anything is trained, and with few examples
+        victim = _victim(scores, inputs, targets)
+        _method(Attack("fgsm", 1.0), victim, size).generate(x[:2], y[:2])
+    note(f"attacked are {len(y)} test examples, inputs from {x.min():.4g} to {x.max():.4g}; epsilon is in these units")
 
     def accuracy(given: Tensor) -> float:
-        parts = zip(torch.split(given, _BATCH), torch.split(targets, _BATCH), strict=True)
+        parts = zip(torch.split(given, size), torch.split(targets, size), strict=True)
         with torch.no_grad():
             return sum(int((scores(part).argmax(1) == label).sum()) for part, label in parts) / len(targets)
 
     def attacked(attack: Attack) -> Tensor:
         if not attack.epsilon:  # nothing is allowed, which the library refuses
             return inputs
-        return torch.from_numpy(_method(attack, victim).generate(x, y)).to(inputs.device)
+        return torch.from_numpy(_method(attack, victim, size).generate(x, y)).to(inputs.device)
 
     def accuracies(trained: State) -> dict[str, float]:
         net.load_state_dict(trained, strict=False)
-        return {CLEAN: accuracy(inputs), **{str(attack): accuracy(attacked(attack)) for attack in attacks}}
+        with _in_one_line():
+            return {CLEAN: accuracy(inputs), **{str(attack): accuracy(attacked(attack)) for attack in attacks}}
 
     return accuracies
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Whatever goes wrong inside is told in one line."""
+    try:
+        yield
+    except TicketfindError:
+        raise
+    except Exception as error:
+        raise TicketfindError(f"attack: the network cannot be attacked: {one_line(error)}") from error
 
 
 def _check_library() -> None:
@@ -114,45 +143,63 @@ def _check_library() -> None:
         ) from None
 
 
-def _victim(scores: nn.Module, inputs: Tensor) -> Any:
+def _victim(scores: nn.Module, inputs: Tensor, targets: Tensor) -> Any:
     """The network as the library takes it. Raises TicketfindError unless it gives a score for each class."""
     from art.estimators.classification import PyTorchClassifier
 
     with torch.no_grad():
         shape = tuple(scores(inputs[:2]).shape)
-    if len(shape) != 2:
-        raise TicketfindError(f"attack: expected a score for each class ([b, classes]), found outputs of {list(shape)}")
-    return PyTorchClassifier(
+    classes = max(2, int(targets.max()) + 1)
+    if len(shape) != 2 or shape[1] < classes:
+        raise TicketfindError(
+            f"attack: expected a score for each of {classes} classes ([b, classes]), found outputs of {list(shape)}"
+        )
+    victim = PyTorchClassifier(
         scores,
         loss=nn.CrossEntropyLoss(),
         input_shape=tuple(inputs.shape[1:]),
         nb_classes=shape[1],
-        clip_values=(float(inputs.min()), float(inputs.max())),
+        clip_values=_range(inputs),
         device_type="gpu" if inputs.device.type == "cuda" else "cpu",
     )
+    victim.is_rnn = False  # or a recurrent network is attacked, and then left, in training mode: dropout between layers
+    return victim
 
 
-def _method(attack: Attack, victim: Any) -> Any:
+def _range(inputs: Tensor) -> tuple[Any, Any]:
+    """The lowest and the highest input, of images channel by channel (normalized, each has its own): NumPy arrays."""
+    is_image = inputs.ndim == 4 and inputs.shape[1] <= _CHANNELS
+    over = (0, 2, 3) if is_image else tuple(range(inputs.ndim))
+    low, high = inputs.amin(over, keepdim=True)[0], inputs.amax(over, keepdim=True)[0]
+    high = torch.maximum(high, low.nextafter(low + 1))  # the library refuses a range of a single number
+    return low.cpu().numpy(), high.cpu().numpy()
+
+
+def _method(attack: Attack, victim: Any, batch_size: int) -> Any:
     from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescentPyTorch
 
-    common = {"eps": attack.epsilon, "batch_size": _BATCH}
+    common = {"eps": attack.epsilon, "batch_size": batch_size}
     if attack.kind == "fgsm":
         return FastGradientMethod(victim, **common)
     step = STEP * attack.epsilon
     return ProjectedGradientDescentPyTorch(victim, **common, eps_step=step, max_iter=STEPS, verbose=False)
 
 
-def _examples(task: Task, most: int) -> tuple[Tensor, Tensor]:
-    """Test examples, the same for all networks: float32 [n, ...] and labels [n]."""
+def _examples(task: Task, most: int) -> tuple[str | None, Tensor, Tensor]:
+    """Test examples, the same for all networks: the inputs' name where they have one, float32 [n, ...], labels [n]."""
     if task.data is None:
         raise TicketfindError("attack: expected test data, found none; the program that trains has them")
     count = min(most, len(task.data.test))
-    inputs, targets = next(iter(task.data.test.batches(Order(seed=0, batch_size=count, first=0, stop=1))))
+    given, targets = next(iter(task.data.test.batches(Order(seed=0, batch_size=count, first=0, stop=1))))
+    named = {} if isinstance(given, Tensor) else {key: given[key] for key in given if key not in TARGET_KEYS}
+    name, inputs = next(iter(named.items())) if len(named) == 1 else (None, given)
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-        found = f"{inputs.dtype}" if isinstance(inputs, Tensor) else "several by name"
+        found = f"{inputs.dtype}" if isinstance(inputs, Tensor) else f"{', '.join(inputs)} by name"
         raise TicketfindError(f"attack: expected inputs that are one tensor of real numbers, found {found}")
     if targets.is_floating_point() or targets.ndim != 1 or int(targets.min()) < 0:
+        lowest = "" if targets.is_floating_point() else f", {int(targets.min())} the lowest"
         raise TicketfindError(
-            f"attack: expected one class label for each example, found {targets.dtype} of shape {list(targets.shape)}"
+            "attack: expected one class label for each example,"
+            f" found {targets.dtype} of shape {list(targets.shape)}{lowest}"
         )
-    return inputs.to(task.device, torch.float32), targets.to(task.device)
+    return name, inputs.to(task.device, torch.float32), targets.to(task.device)

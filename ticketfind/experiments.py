@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ticketfind import TicketfindError, attack, masks, results, transfer
 from ticketfind.arms import Arm, Outcome, State, Task
@@ -128,13 +128,23 @@ def evaluate(
     folder: for the files of an outside program that trains.
     Raises TicketfindError where the ticket does not fit the task's model.
     """
-    design, new = _onto(design, task)
-    for ticket in (*design.tickets, *design.against):
+    design, new, notes = _onto(design, task)
+    for ticket in design.tickets:
         check(ticket, task, how)
+    try:
+        for ticket in design.against:
+            check(ticket, task, how)
+    except TicketfindError as error:
+        raise TicketfindError(f"against: {error}") from None
     of = len(design.tickets)
-    arms, notes = _arms(design, new, first_seed, task, groups)
+    arms, left_out = _arms(design, new, first_seed, task, groups)
+    notes += left_out
     check_memory(task, how, way, len(arms))
-    under_attack = attack.prepare(task, design.attacks, design.attack_examples) if design.attacks else None
+    under_attack = None
+    if design.attacks:
+        under_attack = attack.prepare(
+            task, design.attacks, design.attack_examples, batch_size=how.batch_size, note=notes.append
+        )
     robust: dict[str, dict[str, dict[int, list[float]]]] = {}
     measured: dict[str, dict[int, list[Measured]]] = {}
     test_size, lost = None, 0
@@ -192,22 +202,32 @@ def _shaken(
         yield level, outcome
 
 
-def _onto(design: Design, task: Task) -> tuple[Design, list[str]]:
-    """The design in the task's network, and the entries of a head that is new there."""
+def _onto(design: Design, task: Task) -> tuple[Design, list[str], list[str]]:
+    """The design in the task's network, the entries of a head that is new there, and notes on them."""
     wanted = {name: value for name, value in task.model.state_dict().items() if isinstance(value, Tensor)}
-    new = transfer.head(design.tickets[0].init, wanted)
+    modules = task.model.named_modules(remove_duplicate=False)
+    tables = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
+
+    def head(ticket: Ticket) -> list[str]:
+        found = transfer.head(ticket.init, wanted)
+        return [] if tables & {*found} else found  # one row for each input, and not for each class
 
     def onto(ticket: Ticket) -> Ticket:
-        fits = not transfer.head(ticket.init, wanted)
-        return ticket if fits else transfer.onto(ticket, task.fresh(ticket.first_seed))
+        return transfer.onto(ticket, task.fresh(ticket.first_seed)) if head(ticket) else ticket
 
+    new = head(design.tickets[0])
+    notes = []
+    if new:
+        notes.append(f"these data have other classes: {', '.join(new)} start afresh and keep all their weights")
+    elif of_others := head(design.against[0]) if design.against else []:
+        notes.append(f"against: found on other classes; {', '.join(of_others)} start afresh and keep all their weights")
     moved = dataclasses.replace(
         design,
         tickets=[onto(ticket) for ticket in design.tickets],
         against=[onto(ticket) for ticket in design.against],
         trained=() if new else design.trained,
     )
-    return moved, new
+    return moved, new, notes
 
 
 def _arms(
@@ -215,6 +235,8 @@ def _arms(
 ) -> tuple[list[tuple[str, Arm, _Case]], list[str]]:
     """The arms, each with its kind (a key of `Evaluation.arms`) and its case, and notes on those left out."""
     trials = range(len(design.tickets) * design.trials)
+    named = [(group, tuple(name for name in group.names if name not in new)) for group in groups]
+    groups = [dataclasses.replace(group, names=names) for group, names in named if names]  # a new head stays whole
 
     def case_of(
         trial: int, tickets: Sequence[Ticket], trained: Sequence[State] = (), *, against: bool = False
@@ -226,8 +248,6 @@ def _arms(
     cases = [case_of(trial, design.tickets, design.trained) for trial in trials]
     others = [case_of(trial, design.against, against=True) for trial in trials if design.against]
     notes = []
-    if new:
-        notes.append(f"these data have other classes: {', '.join(new)} start afresh and keep all their weights")
     fresh = _why_no_original(design.tickets[0])
     original = not (fresh and design.tickets[0].from_checkpoint)
     if fresh:

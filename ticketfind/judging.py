@@ -43,7 +43,7 @@ def evaluate(
     inconclusive.
     """
     began = time.monotonic()
-    from ticketfind import answers, assemble, contents, devices, experiments, files, masks, terminal
+    from ticketfind import answers, assemble, contents, devices, experiments, files, layers, masks, recipe, terminal
     from ticketfind.attack import Attack
     from ticketfind.ticket import load_ticket
 
@@ -52,11 +52,12 @@ def evaluate(
     tickets = [load_ticket(str(target))] if run is None else contents.tickets(run, round)
     if run is None and round is not None:
         raise typer.BadParameter("--round is for a run; a ticket file is one ticket")
-    others, which = _others(against, tickets[0].remaining)
+    trials = trials or experiments.default_trials(len(tickets), run is not None)
+    others, which = _others(against, tickets[0].remaining, most=trials * len(tickets))
     extras = [each.value for each in dict.fromkeys(control or ())]
     design = experiments.Design(
         tickets=tickets,
-        trials=trials or experiments.default_trials(len(tickets), run is not None),
+        trials=trials,
         noise=sorted(set(noise or ())),
         weight_noise=sorted(set(weight_noise or ())),
         extras=extras,
@@ -92,14 +93,16 @@ def evaluate(
         found, str(target or (run and run.path)), str(resolved.data.spec), time.monotonic() - began
     )
     answers.show_evaluation(screen, found, described)
-    if run is not None and resolved.data.spec != run.recipe().data.spec:
-        screen.message(f"on other data than the run's, and so not kept in {run.path}")
-    elif run is not None:
+    if run is None:
+        return
+    if differing := [*layers.differences(resolved, assemble.for_ticket(run.recipe()), but=recipe.ASIDE)]:
+        screen.message(f"not kept in {run.path}, whose settings are others: {'; '.join(differing)}")
+    else:
         files.write_text(run.new_eval_file(tickets[0].about.round), terminal.dump(described), root=run.path)
 
 
-def _others(path: Path | None, remaining: float) -> "tuple[list[Ticket], str | None]":
-    """The tickets of --against, and which they are."""
+def _others(path: Path | None, remaining: float, *, most: int) -> "tuple[list[Ticket], str | None]":
+    """The tickets of --against, at most as many as there are trainings of each arm, and which they are."""
     from ticketfind import contents, terminal
     from ticketfind.ticket import load_ticket
 
@@ -107,6 +110,7 @@ def _others(path: Path | None, remaining: float) -> "tuple[list[Ticket], str | N
         return [], None
     run = targets.run_at(path)
     found = [load_ticket(path)] if run is None else contents.tickets(run, contents.nearest_round(run, remaining))
+    found = found[:most]
     about = f"{path}, round {found[0].about.round}, {terminal.percent(found[0].remaining)} of the weights"
     return found, f"against: {about}, {len(found)} of them"
 

@@ -235,7 +235,10 @@ def compare(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Overl
     """The overlap of each tensor. Raises TicketfindError where names or shapes differ."""
     differing = sorted(set(a) ^ set(b))
     if differing:
-        raise TicketfindError(f"masks of different networks: {', '.join(differing[:5])} only in one of them")
+        raise TicketfindError(
+            f"masks of different networks: {', '.join(differing[:5])} only in one of them;"
+            " where one search has left a layer whole, the other has to as well (--skip)"
+        )
     overlaps = {}
     for name in a:
         x, y = a[name], b[name]

@@ -181,6 +181,11 @@ class Run:
 
 CONVENIENCES = ("run.snapshot", "run.arms_at_once")
 """Keys that a search may go on with other values of."""
+ASIDE = (
+    "data.resident", "data.workers", "run.replicates", "run.device", "run.engine", "run.channels_last", "run.tolerance",
+    *CONVENIENCES,
+)  # fmt: skip
+"""Keys that what is trained, and on what, does not depend on."""
 
 SECTIONS: dict[str, type] = {"model": Model, "data": Data, "train": Train, "prune": Prune, "run": Run}
 
