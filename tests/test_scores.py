@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from ticketfind import TicketfindError, masks
 from ticketfind.arms import Arm, Task
 from ticketfind.batches import Data, Order, Split, derived_seed
+from ticketfind.contradictions import BEFORE_TRAINING, OF_THE_WAY
 from ticketfind.drawing import EXAMPLES, Drawing
 from ticketfind.layers import from_layers
 from ticketfind.masks import Group, Masks, Weights
-from ticketfind.recipe import BEFORE_TRAINING, OF_THE_WAY, SCORE_NAMES, Train
+from ticketfind.recipe import SCORE_NAMES, Train
 from ticketfind.scores import SCORES, Score, Seen, by_function, scored
 
 TRAINED, INITIAL = np.array([[-3.0, 0.5], [1.0, 0.0]], np.float32), np.array([[1.0, -2.0], [1.0, -0.5]], np.float32)

@@ -4,11 +4,10 @@ A *resolved* recipe has nothing left implicit: `Recipe.resolved` turns durations
 """
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ticketfind import TicketfindError, readers
+from ticketfind import TicketfindError, contradictions, readers
 from ticketfind.readers import Duration, Reader
 from ticketfind.specs import is_foreign
 
@@ -30,10 +29,6 @@ SCORE_NAMES = (
     "path_length_per_layer", "random", "snip", "grasp", "synflow",
 )  # fmt: skip
 """What `scores.SCORES` has."""
-BEFORE_TRAINING = ("snip", "grasp", "synflow")
-"""Those that ask the network, and not its training."""
-OF_THE_WAY = ("path_length", "path_length_per_layer")
-"""Those that ask what was between a training's ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +204,7 @@ class Recipe:
         train_size, validation: examples left for training and held out; None without data. Raises RecipeError where
         the parts contradict each other or the data.
         """
-        faults = [*_contradictions(self)]
+        faults = [*contradictions.of(self)]
         if train_size is not None and self.train.batch_size > train_size and not self.train.is_external:
             faults.append(
                 f"train.batch_size: expected at most the {train_size} training examples, found {self.train.batch_size}"
@@ -327,77 +322,3 @@ def _rewind(recipe: Recipe, lengths: _Lengths) -> Duration | str:
     if isinstance(asked, str) or not (lengths.known or asked.unit == "it"):
         return asked
     return lengths.at(asked)
-
-
-def _contradictions(recipe: Recipe) -> Iterator[str]:
-    """Faults that need no look at the data."""
-    model, train, prune, run = recipe.model, recipe.train, recipe.prune, recipe.run
-    if prune.rounds is None and prune.until is None and not readers.pattern(prune.scope):
-        yield "prune.rounds: expected a number where prune.until is not given, found null"
-    if prune.until is not None and readers.pattern(prune.scope):
-        yield f"prune.until: expected null with scope {prune.scope}, which says how much is left, found {prune.until:g}"
-    if train.momentum and train.optimizer != "sgd":
-        yield f"train.momentum: expected 0 for {train.optimizer}, found {train.momentum:g}"
-    if bool(train.milestones) != (train.schedule == "step"):
-        yield (
-            f"train.milestones: expected with schedule step, and only there, found {len(train.milestones)}"
-            f" with schedule {train.schedule}"
-        )
-    yield from _drawing_contradictions(model, prune, train)
-    if train.metric and run.replicates == 1 and run.tolerance is None:
-        yield "run.tolerance: expected a number, as one replicate of a metric of your own has no spread, found null"
-    for key, file in (("checkpoint", model.checkpoint), ("trained", model.trained)):
-        entry = getattr(model, f"{key}_key")
-        if entry and not file:
-            yield f"model.{key}_key: expected null without model.{key}, found {entry}"
-    if train.is_external:
-        yield from _external_contradictions(recipe)
-    if model.trained and prune.rewind != "lr":
-        if not (model.checkpoint or model.args.get("pretrained")):
-            yield (
-                "model.trained: expected with model.checkpoint, the weights that its training started from"
-                " (or with rewind lr), found none"
-            )
-        if isinstance(prune.rewind, Duration) and prune.rewind.amount:
-            yield f"prune.rewind: expected 0it or lr, as model.trained shows no iteration between, found {prune.rewind}"
-
-
-def _drawing_contradictions(model: Model, prune: Prune, train: Train) -> Iterator[str]:
-    if prune.every is not None and prune.mask_stop is not None:
-        yield "prune.mask_stop: expected null beside prune.every, found both"
-    if prune.every is not None and readers.pattern(prune.scope):
-        yield f"prune.every: expected null with the pattern {prune.scope}, found {prune.every}"
-    for key, length in (("every", prune.every), ("finetune", prune.finetune)):
-        if length is not None and prune.score in BEFORE_TRAINING:
-            yield f"prune.{key}: expected null with {prune.score}, which looks at no training, found {length}"
-    if prune.finetune is not None and prune.ahead == (1,):
-        yield f"prune.finetune: expected null where a training draws one mask (prune.ahead [1]), found {prune.finetune}"
-    if not prune.ahead:
-        yield "prune.ahead: expected at least one number of rounds, found none"
-    if prune.ahead != (1,) and (prune.every is not None or prune.mask_stop is not None or prune.rewind == "lr"):
-        yield "prune.ahead: expected [1] beside prune.every, prune.mask_stop and rewind lr, found others"
-    if model.trained and prune.every is not None:
-        yield f"prune.every: expected null, as model.trained stands for a training that is over, found {prune.every}"
-    if model.trained and prune.score in OF_THE_WAY:
-        yield (
-            f"prune.score: expected one of a training's ends, as model.trained shows no way there, found {prune.score}"
-        )
-    if train.is_external:
-        asked = {"prune.every": prune.every, "prune.mask_stop": prune.mask_stop, "prune.finetune": prune.finetune}
-        for key in (key for key, value in asked.items() if value is not None):
-            yield f"{key}: expected null, as a training of your own is not looked at on its way, found {asked[key]}"
-        if prune.score in (*BEFORE_TRAINING, *OF_THE_WAY):
-            yield f"prune.score: expected one of a training's ends, as the training is your own, found {prune.score}"
-
-
-def _external_contradictions(recipe: Recipe) -> Iterator[str]:
-    model, train, run = recipe.model, recipe.train, recipe.run
-    if train.trainer and train.command:
-        yield "train.command: expected null beside train.trainer, found both"
-    for key, value in (("train.loss", train.loss), ("train.metric", train.metric), ("model.trained", model.trained)):
-        if value is not None:
-            yield f"{key}: expected null, as a training of your own measures itself, found {value}"
-    if recipe.data.augment:
-        yield "data.augment: expected none, as a training of your own reads its own data"
-    if run.replicates == 1 and run.tolerance is None:
-        yield "run.tolerance: expected a number, as one replicate of your own training has no spread, found null"
