@@ -36,7 +36,18 @@ from mutate import mutated
 from rich.console import Console
 from seeds import KINDS
 
-from ticketfind import TicketfindError, checkpoint, formats, layers, limits, results, terminal, verify, views
+from ticketfind import (
+    TicketfindError,
+    checkpoint,
+    formats,
+    layers,
+    limits,
+    load_shrunk,
+    results,
+    terminal,
+    verify,
+    views,
+)
 from ticketfind.course import course_of
 from ticketfind.rundir import RunDir
 from ticketfind.snapshots import Snapshots
@@ -156,6 +167,19 @@ def snapshot(path: Path) -> None:
         raise TicketfindError(f"its snapshot cannot be used: {type(error).__name__}") from error  # as train._begun
 
 
+def shrunken(path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        load_shrunk(path, model)
+    except TicketfindError:
+        now = model.state_dict()
+        assert all(torch.equal(value, now[name]) for name, value in before.items()), "changed, though refused"
+        raise
+    assert not any(bool(value.isnan().any()) for value in model.state_dict().values())
+    assert model[3](torch.zeros(1, model[3].in_features)).shape == (1, 2), "outputs stay"
+
+
 @dataclass(frozen=True)
 class Reader:
     """What reads a kind of file, and what the file is called."""
@@ -187,6 +211,7 @@ READERS = {
     "data .safetensors": Reader(arrays, "arrays", "d.safetensors"),
     "log.jsonl": Reader(log, "log", "log.jsonl"),
     "snapshot": Reader(snapshot, "snapshot", "01-0.safetensors"),
+    "shrunken network": Reader(shrunken, "shrunken", "s.safetensors"),
 }
 
 

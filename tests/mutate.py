@@ -328,7 +328,7 @@ def text(data: bytes, draw: random.Random) -> bytes:
 
 
 DEEP: dict[str, Callable[[bytes, random.Random], bytes]] = {
-    **dict.fromkeys(("ticket", "compact", "weights", "arrays", "snapshot"), safetensors),
+    **dict.fromkeys(("ticket", "compact", "weights", "arrays", "snapshot", "shrunken"), safetensors),
     "index": lambda data, draw: dumped(tree(json.loads(data), draw), draw),
     "torch": lambda data, draw: zipped(data, draw, pickled),
     "torch old": pickled,

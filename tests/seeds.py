@@ -164,6 +164,17 @@ def _snapshot() -> list[bytes]:
     return [save(tensors, {"snapshot": json.dumps({"replicates": [0, 1], "done": 20, "facts": facts})})]
 
 
+def _shrunken() -> list[bytes]:
+    """Of fuzz.Net: two of six units are left, and all of them."""
+    found = []
+    for lost, width in (({"0": {"of": 6, "kept": [1, 4]}}, 2), ({}, 6)):
+        state = {"0.weight": _draw(width, 4), "0.bias": _draw(width), "3.weight": _draw(2, width), "3.bias": _draw(2)}
+        state |= {f"1.{name}": _draw(width) for name in ("weight", "bias", "running_mean", "running_var")}
+        about = {"ticketfind_shrunk": json.dumps({"format": 1, "layers": lost})}
+        found.append(save({**state, "1.num_batches_tracked": torch.tensor(3)}, about))
+    return found
+
+
 KINDS: dict[str, Callable[[], list[bytes]]] = {
     "ticket": lambda: _tickets("full"),
     "compact": lambda: _tickets("compact"),
@@ -178,6 +189,7 @@ KINDS: dict[str, Callable[[], list[bytes]]] = {
     "arrays": lambda: [save({name: torch.from_numpy(value) for name, value in _arrays().items()})],
     "log": _log,
     "snapshot": _snapshot,
+    "shrunken": _shrunken,
 }  # fmt: skip
 KINDS = {kind: functools.cache(make) for kind, make in KINDS.items()}
 """What makes the valid files of a kind; some of torch and .npz hold a pickle that would run code."""

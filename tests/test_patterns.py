@@ -109,6 +109,8 @@ def test_what_cannot_be_divided_is_left_whole(command: Callable[..., Any]) -> No
     assert {c.name: c.is_left_whole for c in found if c.name.endswith("weight")} == {
         "0.weight": True, "1.weight": False, "2.weight": True,
     }  # fmt: skip
+    bias = prunable.candidates(nn.Linear(4, 8), only=["bias"], block=4)[1]
+    assert bias.is_left_whole and bias.reason == "left whole: it has one dimension, and none of inputs"
     shown = command("inspect", "conv-2", "--scope", "2:4", "--json").json
     first = shown["tensors"]["conv1.weight"]
     assert first["pruned"] is False and first["reason"] == "left whole: its number of inputs, 3, is no multiple of 4"

@@ -141,6 +141,11 @@ def test_a_graph(run: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytes
     said = capfd.readouterr().out
     shares = [100 * load_file(f"runs/graph/masks/02-{r}.safetensors")["edge_weight"].float().mean() for r in range(2)]
     assert f"all edges   {edges} {sum(shares) / 2:6.1f}" in said
+    kept = torch.stack([load_file(f"runs/graph/masks/02-{r}.safetensors")["edge_weight"] for r in range(2)])
+    assert f"left out by all 2: {int((~kept).all(0).sum())} edges, such as " in said
+    assert graph("runs/none") == "runs/none: expected a run of this example with masks of round 1, found none"
+    smaller = run("export", "runs/graph", "--round", 2, "--shrink")
+    assert smaller["multiply_adds"]["before"] == 1239 * 32 * 12, "what edges carry is no matrix product"
 
 
 @pytest.mark.skipif(not has_graph(), reason="orange3-network is not installed: no graph")

@@ -164,11 +164,12 @@ def _export_shrunk(
         raise TicketfindError("--shrink: expected data, of which the network sees a few examples; give --data")
     found.apply(task.model)
     batches = [task.data.example(size)[0] for size in (1, recipe.train.batch_size)]
-    small = shrinking.shrink(task.model, dict(found.masks), task.data.example(16)[0])
+    small = shrinking.shrink(task.model, dict(found.masks), task.data.example(8)[0])
     shrinking.save(small, path, force=force)
+    device = str(recipe.run.device)
     with signals.training():
-        measured = speed.compared(task.model.eval(), small.model, batches)
-    smaller.show(screen, path, small, measured)
+        measured = speed.compared(task.model.eval(), small.model, batches, device)
+    smaller.show(screen, path, small, measured, device)
 
 
 # -------------------------------------------------------------------------------------------------- diff

@@ -3,7 +3,8 @@
 Legend: b examples in a batch; targets [b], or [b, ...] where every place (pixel, token) has its own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,6 +58,18 @@ def predictions(outputs: Any) -> Tensor:
         f"model: expected a tensor, a tuple or dict of them, or an object with .logits as its output,"
         f" found {type(outputs).__name__}; give --loss and --metric, which are called with the output as it is"
     )
+
+
+def tensors_in(outputs: Any) -> Iterator[Tensor]:
+    """Every tensor in what a network returns, not its predictions alone."""
+    if isinstance(outputs, Tensor):
+        yield outputs
+        return
+    if is_dataclass(outputs) or isinstance(getattr(outputs, "logits", None), Tensor):
+        outputs = outputs if isinstance(outputs, Mapping) else vars(outputs)
+    parts = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, (tuple, list)) else ()
+    for part in parts:
+        yield from tensors_in(part)
 
 
 def own_loss(outputs: Any) -> Tensor | None:

@@ -77,8 +77,10 @@ def candidates(
             pruned, reason = False, "matches prune.skip"
         left_whole = pruned and block is not None and not patterns.fits(parameter.shape, block)
         if left_whole:
-            inputs = parameter.shape[1] if parameter.ndim > 1 else 1
-            pruned, reason = False, f"left whole: its number of inputs, {inputs}, is no multiple of {block}"
+            fault = "it has one dimension, and none of inputs"
+            if parameter.ndim > 1:
+                fault = f"its number of inputs, {parameter.shape[1]}, is no multiple of {block}"
+            pruned, reason = False, f"left whole: {fault}"
         found.append(Candidate(name, tuple(parameter.shape), pruned, reason, left_whole))
     return found
 

@@ -1,17 +1,14 @@
 """A smaller network in place of a pruned one: units that a mask has emptied are removed, and the outputs stay the same.
 
 A unit (a neuron, a channel) goes where nothing reads it, or where nothing reaches it: then it is a constant, which is
-zero or becomes part of the next bias. What depends on what is torch-pruning's dependency graph (Fang et al. 2023, arXiv
-2301.12900). Every removal is tried, and undone where outputs in float64 differ by more than rounding.
-
-Legend: a *family* is what torch-pruning calls a group: layers whose units must go together, as in a residual stream.
+zero or becomes part of the next bias. What must go together is in `families`, which does not know everything: each step
+is tried, and not taken where outputs in float64 differ by more than rounding.
 """
 
 import copy
+import itertools
 import json
-import warnings
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ticketfind import TicketfindError, files
-from ticketfind.batches import map_inputs
-from ticketfind.lanes import put
+from ticketfind import TicketfindError, files, limits
+from ticketfind.batches import map_inputs, seeded, tensors_of
+from ticketfind.families import LINKS, NORMS, Ends, Family, find_families, resize, sizes
+from ticketfind.lanes import put, tensors
 from ticketfind.masks import Masks
-from ticketfind.outputs import Inputs, call, predictions
-from ticketfind.tensorfile import read_metadata, read_tensors, save_tensors
+from ticketfind.outputs import Inputs, call, tensors_in
+from ticketfind.specs import one_line
+from ticketfind.tensorfile import read_tensors, save_tensors
 
 METADATA = "ticketfind_shrunk"
 """The metadata key of a file with a shrunken network."""
-_LINKS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
@@ -46,248 +43,249 @@ class Shrunk:
 
 
 @dataclass(frozen=True)
-class _Ends:
-    """A layer's share of a family. places: for each of the family's units its rows (or columns) of the weight."""
+class _Stage:
+    """A network of full size in float64, by family the units that can go, and the weights that count without them.
 
-    name: str
-    places: dict[int, list[int]]
+    What can go is not read any more, and made of noise: outputs that are the same depend on none of it.
+    """
 
-    def of(self, units: Collection[int]) -> list[int]:
-        """The places of some units."""
-        return [place for unit in units for place in self.places[unit]]
-
-
-@dataclass(frozen=True)
-class _Family:
-    """Units that go together: the layers that make them, normalize them and read them."""
-
-    size: int
-    makers: list[_Ends]
-    norms: list[_Ends]
-    readers: list[_Ends]
+    model: nn.Module
+    gone: list[set[int]]
+    left: Masks
 
 
 def shrink(model: nn.Module, masks: Masks, inputs: Inputs) -> Shrunk:
     """`model` (left as it is) under `masks`, in evaluation mode, without the units that they have emptied.
 
-    inputs: a few examples. Raises TicketfindError where torch-pruning is not installed or cannot follow the network.
+    inputs: a few examples. Raises TicketfindError where torch-pruning is not installed or cannot follow the network,
+    and where that cannot be computed in float64.
     """
-    small = copy.deepcopy(model).eval()
-    put(small, model.state_dict(), masks)
-    families = _families(small, inputs)
-    before, dtypes = _units(small), {name: t.dtype for name, t in small.state_dict().items()}
-    small.double()
-    examples = map_inputs(lambda t: t.double() if t.is_floating_point() else t, inputs)
-    expected = _outputs(small, examples)
-    kept, notes = {}, []
-    for family, units in zip(families, _emptied(small, families, masks, examples), strict=True):
-        if not units:
-            continue
-        trial = copy.deepcopy(small)
+    full = copy.deepcopy(model).eval()
+    put(full, model.state_dict(), masks)
+    families = find_families(full, inputs)
+    before, dtypes = _units(full), {name: t.dtype for name, t in tensors(full).items()}
+    batches = _batches(inputs)
+    try:
+        full.double()
+        expected = [_outputs(full, batch) for batch in batches]
+    except Exception as error:
+        raise TicketfindError(
+            "model: expected one that computes in float64 too, in which it is checked that outputs stay the same;"
+            f" calling it failed: {one_line(error)}"
+        ) from error
+
+    trains = _trains(copy.deepcopy(full), batches[0])
+    constants = _constants(full, families, batches)
+
+    def fault_of(stage: _Stage) -> str | None:
         try:
-            _remove(trial, family, units)
-            fault = None if _is_same(_outputs(trial, examples), expected) else "the outputs would change"
-        except (RuntimeError, ValueError, IndexError) as error:  # of the network itself, which wants its old sizes
-            fault = str(error).splitlines()[0][:80]
-        if fault is not None:
-            notes.append(f"{family.makers[0].name}: {len(units)} emptied units are left alone: {fault}")
+            for network in (stage.model, small := _without(stage, families)):
+                if not all(map(_is_same, (_outputs(network, batch) for batch in batches), expected)):
+                    return "the outputs would change"
+        except Exception as error:  # of the network itself, which wants its old sizes
+            return one_line(error)[:100]
+        return "it is used in training" if trains and not _trains(small, batches[0]) else None
+
+    names = {end.name for family in families for end in (*family.makers, *family.readers)}
+    left = {name: masks.get(f"{name}.weight", torch.ones(_weight(full, name).shape)).bool().cpu() for name in names}
+    now = _Stage(full, [set() for _ in families], left)
+    movable, notes = [*range(len(families))], []
+    while (after := _next(now, families, movable, constants)).gone != now.gone:
+        if fault_of(after) is None:
+            now = after
             continue
-        small = trial
-        for maker in family.makers:
-            lost = {*maker.of(units)}
-            kept[maker.name] = [unit for unit in range(before[maker.name]) if unit not in lost]
+        for number in [*movable]:  # one of them is at fault
+            after = _next(now, families, [number], constants)
+            found = len(after.gone[number]) - len(now.gone[number])
+            fault = fault_of(after) if found else None
+            if fault is not None:
+                movable.remove(number)
+                layer = families[number].makers[0].name
+                notes.append(f"{layer}: {found} emptied unit{' is' if found == 1 else 's are'} left alone: {fault}")
+            elif found:
+                now = after
+    small, rows = _without(now, families), _lost(now, families)[0]
+    kept = {name: [unit for unit in range(before[name]) if unit not in rows[name]] for name in before if name in rows}
     for name, value in [*small.named_parameters(), *small.named_buffers()]:
         value.data = value.data.to(dtypes[name])
     return Shrunk(small, kept, before, notes)
 
 
 def _units(model: nn.Module) -> dict[str, int]:
-    return {name: len(layer.weight) for name, layer in model.named_modules() if isinstance(layer, _LINKS)}
+    return {name: len(layer.weight) for name, layer in model.named_modules() if isinstance(layer, LINKS)}
 
 
 def _weight(model: nn.Module, layer: str) -> Tensor:
     return model.get_parameter(f"{layer}.weight")
 
 
+# ------------------------------------------------------------------------------------------- the same outputs
+
+
+def _batches(inputs: Inputs) -> list[Inputs]:
+    """In float64: the examples as they are, and with noise, as what a few have in common may be chance."""
+    generator = torch.Generator().manual_seed(0)
+    exact = map_inputs(lambda t: t.double() if t.is_floating_point() else t, inputs)
+    if not any(t.is_floating_point() for t in tensors_of(exact)):
+        return [exact]
+    return [
+        exact,
+        map_inputs(lambda t: t + t.abs().max() * _noise(t, generator) if t.is_floating_point() else t, exact),
+    ]
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+
+
 @torch.no_grad()
-def _outputs(model: nn.Module, inputs: Inputs) -> Tensor:
-    return predictions(call(model, inputs))
-
-
-def _is_same(found: Tensor, expected: Tensor) -> bool:
-    """But for rounding in float64."""
-    if found.shape != expected.shape:
-        return False
-    return bool((found - expected).abs().max() <= 1e-9 * max(1.0, float(expected.abs().max())))
-
-
-# ------------------------------------------------------------------------------------- who depends on whom
-
-
-def _families(model: nn.Module, inputs: Inputs) -> list[_Family]:
-    """Those that end in layers of a known kind; not those that nobody reads, which are the output."""
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise TicketfindError(
-            "--shrink needs torch-pruning, which is not installed: pip install 'ticketfind[shrink]'"
-        ) from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=inputs)
-            groups = {
-                name: graph.get_pruning_group(
-                    layer, graph.get_pruner_of_module(layer).prune_out_channels, [*range(len(layer.weight))]
-                )
-                for name, layer in model.named_modules()
-                if isinstance(layer, _LINKS)
-            }
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-            raise TicketfindError(f"model: torch-pruning cannot follow what depends on what in it: {reason}") from error
-    names = {layer: name for name, layer in model.named_modules()}
-    shared = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    found, seen = [], set[str]()
-    for name, group in groups.items():
-        if name not in seen:
-            family = _family(group, graph.is_out_channel_pruning_fn, names, shared)
-            if family is not None and family.readers:
-                found.append(family)
-                seen.update(maker.name for maker in family.makers)
+def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    found = [*tensors_in(call(model, inputs))]
+    if not found:
+        raise ValueError("there is no tensor in what it returns")
     return found
 
 
-def _family(
-    group: Any, makes: Callable[[Any], bool], names: dict[nn.Module, str], shared: Counter[int]
-) -> _Family | None:
-    """None where a layer of another kind is part of it, or one that shares its weight or computes it."""
-    makers, norms, readers = list[_Ends](), list[_Ends](), list[_Ends]()
-    for item in group.items:
-        target = item.dep.target.module
-        if isinstance(target, nn.Parameter):
-            return None
-        own = dict(target.named_parameters(recurse=False))
-        if not own and not any(True for _ in target.parameters()):
-            continue
-        is_link = isinstance(target, _LINKS) and getattr(target, "groups", 1) == 1
-        is_plain = (
-            own.keys() <= {"weight", "bias"} and "weight" in own and max(shared[id(p)] for p in own.values()) == 1
-        )
-        if not (is_link or isinstance(target, _NORMS)) or not is_plain:
-            return None
-        places: dict[int, list[int]] = {}
-        for unit, place in zip(item.root_idxs, item.idxs, strict=True):
-            places.setdefault(unit, []).append(place)
-        kind = norms if not is_link else makers if makes(item.dep.handler) else readers
-        kind.append(_Ends(names[target], places))
-    return _Family(len(makers[0].places), makers, norms, readers)
+@torch.no_grad()
+def _trains(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether it can be called in training mode, in which it may use more of its layers. Its buffers may change."""
+    with seeded(0):
+        try:
+            call(model.train(), inputs)
+        except Exception:
+            return False
+    return True
+
+
+def _is_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """But for rounding in float64."""
+    if [t.shape for t in found] != [t.shape for t in expected]:
+        return False
+    for a, b in zip(found, expected, strict=True):
+        size = b.double().nan_to_num(0, 0, 0).abs().max() if b.numel() else 0
+        if not torch.allclose(a.double(), b.double(), rtol=0, atol=1e-9 * float(size) + 1e-15, equal_nan=True):
+            return False
+    return True
 
 
 # ---------------------------------------------------------------------------------- which units are empty
 
 
-def _emptied(model: nn.Module, families: Sequence[_Family], masks: Masks, examples: Inputs) -> list[list[int]]:
-    """The units of each family that can go; in `model` nothing reads them any more.
-
-    One that goes may leave others unread, or without inputs: until none is left.
-    """
-    left = {name: masks.get(f"{name}.weight", torch.ones(_weight(model, name).shape)).bool() for name in _units(model)}
-    left = {name: mask.clone() for name, mask in left.items()}
-    gone: list[set[int]] = [set() for _ in families]
-    count = -1
-    while count != sum(map(len, gone)):
-        count = sum(map(len, gone))
-        for family, lost in zip(families, gone, strict=True):
-            there = [unit for unit in range(family.size) if unit not in lost]
-            found = [unit for unit in there if not _any(left, family.readers, 1, unit)]
-            silent = [unit for unit in there if unit not in found and not _any(left, family.makers, 0, unit)]
-            found += _folded(model, family, silent, examples) if silent else []
-            for ends, axis in ((family.makers, 0), (family.readers, 1)):
-                for end in ends:
-                    left[end.name].movedim(axis, 0)[end.of(found)] = False
-            _cut(model, family, found)
-            lost.update(found)
-    return [sorted(lost)[: family.size - 1] for family, lost in zip(families, gone, strict=True)]  # never all of them
+def _next(now: _Stage, families: Sequence[Family], numbers: Iterable[int], constants: Mapping[str, Tensor]) -> _Stage:
+    """Without the units of some families that can go as things are; others may be left unread by that, or unreached."""
+    after = copy.deepcopy(now)
+    generator = torch.Generator().manual_seed(0)
+    for number in numbers:
+        family, lost = families[number], after.gone[number]
+        read, reached = _alive(after.left, family.readers, 1), _alive(after.left, family.makers, 0)
+        there = [unit for unit in range(family.size) if unit not in lost]
+        found = [unit for unit in there if unit not in read][: len(there) - 1]
+        silent = [unit for unit in there if unit in read and unit not in reached]
+        found += _folded(after.model, family, silent[: len(there) - 1 - len(found)], constants)  # one stays, always
+        for ends, axis in ((family.makers, 0), (family.readers, 1)):
+            for end in ends:
+                after.left[end.name].movedim(axis, 0)[end.of(found)] = False
+        _cut(after.model, family, found, generator)
+        lost.update(found)
+    return after
 
 
-def _any(left: Masks, ends: Sequence[_Ends], axis: int, unit: int) -> bool:
-    return any(bool(left[end.name].movedim(axis, 0)[end.places[unit]].any()) for end in ends)
+def _alive(left: Masks, ends: Sequence[Ends], axis: int) -> set[int]:
+    """The units that have a weight left in a layer."""
+    found = set[int]()
+    for end in ends:
+        some = left[end.name].movedim(axis, 0).flatten(1).any(1).tolist()
+        found.update(unit for unit, places in end.places.items() if any(some[place] for place in places))
+    return found
 
 
 @torch.no_grad()
-def _cut(model: nn.Module, family: _Family, units: Sequence[int]) -> None:
+def _cut(model: nn.Module, family: Family, units: Sequence[int], generator: torch.Generator) -> None:
+    for maker in family.makers:
+        rows = maker.of(units)
+        for value in model.get_submodule(maker.name).parameters():
+            value[rows] = 3 * _noise(value[rows], generator)
     for reader in family.readers:
         _weight(model, reader.name)[:, reader.of(units)] = 0
 
 
 @torch.no_grad()
-def _folded(model: nn.Module, family: _Family, units: Sequence[int], examples: Inputs) -> list[int]:
-    """Of units that nothing reaches those whose constant is zero, or has become part of the next biases.
-
-    Not where a convolution pads with zeros, as what its border reads is no constant; nor where there is no bias.
-    """
-    seen: dict[str, list[Tensor]] = {reader.name: [] for reader in family.readers}
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda layer, args, name=name: seen[name].append(args[0]))
-        for name in seen
-    ]
-    call(model, examples)
-    for hook in hooks:
-        hook.remove()
+def _folded(model: nn.Module, family: Family, units: Sequence[int], constants: Mapping[str, Tensor]) -> list[int]:
+    """Of units that nothing reaches those whose constant is zero, or has become part of the next biases."""
     folded = []
     for unit in units:
-        shares = [_share(model.get_submodule(end.name), seen[end.name], end.places[unit]) for end in family.readers]
-        if all(share is not None for share in shares):
-            for reader, share in zip(family.readers, shares, strict=True):
-                bias = dict(model.get_submodule(reader.name).named_parameters()).get("bias")
-                if bias is not None and share is not None:
-                    bias.add_(share)
+        layers: list[Any] = [model.get_submodule(end.name) for end in family.readers]
+        values = [constants[end.name][end.of([unit])] for end in family.readers]
+        if all(_holds(layer, value) for layer, value in zip(layers, values, strict=True)):
+            for layer, end, value in zip(layers, family.readers, values, strict=True):
+                if layer.bias is not None:
+                    layer.bias += (
+                        layer.weight[:, end.of([unit])].reshape(len(layer.bias), len(value), -1).sum(2) @ value
+                    )
             folded.append(unit)
     return folded
 
 
-def _share(layer: Any, inputs: Sequence[Tensor], places: Sequence[int]) -> Tensor | None:
-    """What constant inputs add to each of a layer's outputs; None where that is no constant that a bias could hold."""
-    rows = [x.movedim(-1 if isinstance(layer, nn.Linear) else 1, 0)[places].flatten(1) for x in inputs]
-    values = rows[0][:, 0] if rows else None
-    if values is None or any(bool((row != values[:, None]).any()) for row in rows):
-        return None
-    padded = getattr(layer, "padding", 0) not in (0, (0,), (0, 0), (0, 0, 0))
-    if bool(values.any()) and (layer.bias is None or padded):
-        return None
-    weights: Tensor = layer.weight[:, places].flatten(2).sum(2) if layer.weight.ndim > 2 else layer.weight[:, places]
-    return weights @ values
+def _holds(layer: Any, values: Tensor) -> bool:
+    """Whether these inputs are constants, and zero or such that a layer's bias can hold what it makes of them.
+
+    No bias can where a convolution pads with zeros, as what its border reads is no constant.
+    """
+    padded = getattr(layer, "padding", 0) not in (0, (0,), (0, 0), (0, 0, 0), "valid")
+    return not bool(values.isnan().any()) and (not bool(values.any()) or (layer.bias is not None and not padded))
+
+
+@torch.no_grad()
+def _constants(model: nn.Module, families: Sequence[Family], batches: Sequence[Inputs]) -> dict[str, Tensor]:
+    """By layer that reads units, the value of each of its inputs; NaN where that is not always the same."""
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {end.name: [] for family in families for end in family.readers}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            x, axis = (*args, *named.values())[0], 1 - _weight(model, name).ndim
+            rows = x.movedim(axis, 0).reshape(x.shape[axis], -1)
+            seen[name].append((rows.amin(1), rows.amax(1)))
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True) for name in seen]
+    for batch in batches:
+        call(model, batch)
+    for hook in hooks:
+        hook.remove()
+    found, nan = {}, torch.nan
+    for name, bounds in seen.items():
+        size = _weight(model, name).shape[1]
+        values = torch.stack([*itertools.chain(*bounds)]) if bounds else _weight(model, name).new_full((1, size), nan)
+        found[name] = torch.where((values == values[0]).all(0), values[0], nan)
+    return found
 
 
 # ------------------------------------------------------------------------------------------ smaller layers
 
 
-def _remove(model: nn.Module, family: _Family, units: Sequence[int]) -> None:
-    for ends, axis in ((family.makers, 0), (family.norms, 0), (family.readers, 1)):
-        for end in ends:
-            layer = model.get_submodule(end.name)
-            size = next(layer.parameters()).shape[axis]
-            keep = torch.ones(size, dtype=torch.bool)
-            keep[end.of(units)] = False
-            tensors = {name: t.detach() for name, t in (*layer.named_parameters(), *layer.named_buffers())}
-            for name, value in tensors.items():
+def _lost(stage: _Stage, families: Sequence[Family]) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
+    """By layer the rows (outputs) that go, and the columns (inputs)."""
+    found: tuple[dict[str, set[int]], dict[str, set[int]]] = {}, {}
+    for family, units in zip(families, stage.gone, strict=True):
+        for ends, axis in (((*family.makers, *family.norms), 0), (family.readers, 1)):
+            for end in ends:
+                if places := end.of(units):
+                    found[axis].setdefault(end.name, set()).update(places)
+    return found
+
+
+def _without(stage: _Stage, families: Sequence[Family]) -> nn.Module:
+    """The smaller network."""
+    small = copy.deepcopy(stage.model)
+    for axis, lost in enumerate(_lost(stage, families)):
+        for name, places in lost.items():
+            layer = small.get_submodule(name)
+            keep = [place for place in range(sizes(layer)[axis]) if place not in places]
+            for own, value in [*layer.named_parameters(), *layer.named_buffers()]:
                 if value.ndim > axis:
-                    _set(layer, name, value.movedim(axis, 0)[keep].movedim(0, axis).contiguous())
-
-
-def _set(layer: nn.Module, name: str, value: Tensor) -> None:
-    """Another tensor in place of a parameter or buffer, and the sizes that the layer says it has."""
-    if name in layer._parameters:
-        setattr(layer, name, nn.Parameter(value))
-    else:
-        setattr(layer, name, value)
-    if name == "weight":
-        sizes = ("out_features", "in_features"), ("out_channels", "in_channels"), ("num_features",)
-        for attributes in sizes:
-            for attribute, size in zip(attributes, value.shape, strict=False):
-                if hasattr(layer, attribute):
-                    setattr(layer, attribute, size)
+                    resize(layer, own, value.detach().movedim(axis, 0)[keep].movedim(0, axis).contiguous())
+    return small
 
 
 # --------------------------------------------------------------------------------------------- the file
@@ -308,22 +306,66 @@ def save(shrunk: Shrunk, path: Path, *, force: bool) -> None:
 def load_shrunk(path: Path | str, model: nn.Module) -> None:
     """Make `model`, as its factory builds it, the network in a file of ``export --shrink``: smaller, with its weights.
 
-    Raises TicketfindError for a file of another kind or of another network.
+    Raises TicketfindError for a file of another kind, a damaged one, and one of another network; the model is then as
+    it was.
     """
     path = Path(path)
-    if METADATA not in read_metadata(path, "shrunken network"):
+    state, metadata = read_tensors(path, "shrunken network")
+    if METADATA not in metadata:
         raise TicketfindError(f"{path}: expected a file written by ticketfind export --shrink, found another one")
-    state, _ = read_tensors(path, "shrunken network")
-    current = model.state_dict()
-    faults = sorted(state.keys() ^ current.keys())
+    layers, current = _read_layers(path, metadata[METADATA]), model.state_dict()
+    if differing := sorted(state.keys() ^ current.keys()):
+        shown = ", ".join(map(limits.short, differing[:5]))
+        raise TicketfindError(f"{path}: is of another network than the model: {shown} only in one of them")
     for name, value in state.items():
         owner, _, attribute = name.rpartition(".")
-        if name in current and value.shape != current[name].shape:
-            layer = model.get_submodule(owner)
-            if not isinstance(layer, _LINKS + _NORMS) or value.ndim != current[name].ndim:
-                faults.append(name)
-            else:
-                _set(layer, attribute, value.to(current[name]))
-    if faults:
-        raise TicketfindError(f"{path}: is of another network than the model: {', '.join(faults[:5])} differ")
+        if fault := _misfit(value, current[name], model.get_submodule(owner), layers.get(owner)):
+            raise TicketfindError(f"{path}: {name}: {fault}")
+    for name, value in state.items():
+        owner, _, attribute = name.rpartition(".")
+        if value.shape != current[name].shape:
+            resize(model.get_submodule(owner), attribute, value.to(current[name]))
     model.load_state_dict(state)
+
+
+def _read_layers(path: Path, text: str) -> dict[str, tuple[int, int]]:
+    """By layer that has lost units: how many outputs it had and has."""
+    try:
+        about = limits.read_json(text.encode())
+        if about["format"] != 1:
+            raise TicketfindError(
+                f"{path}: expected format 1, found {limits.shown(about['format'])}; a newer ticketfind may read it"
+            )
+        found = {name: (of["of"], [*of["kept"]]) for name, of in about["layers"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TicketfindError(
+            f"{path}: metadata {METADATA}: expected layers with of and kept; reading them failed: {one_line(error)}"
+        ) from error
+    for name, (of, kept) in found.items():
+        numbers = [-1, *kept, of]
+        if any(type(n) is not int for n in numbers) or any(a >= b for a, b in itertools.pairwise(numbers)):
+            raise TicketfindError(
+                f"{path}: metadata {METADATA}: {limits.short(name)}: expected in kept rising numbers below of"
+            )
+    return {name: (of, len(kept)) for name, (of, kept) in found.items()}
+
+
+def _misfit(value: Tensor, now: Tensor, layer: nn.Module, outputs: tuple[int, int] | None) -> str | None:
+    """Why a tensor from a file cannot take the place of a layer's. outputs: how many the layer had, and has."""
+    if value.dtype != now.dtype and not (_is_plain(value) and _is_plain(now)):
+        return f"expected {now.dtype}, found {value.dtype}"
+    if _is_plain(value) and bool(value.isnan().any()):
+        return "expected numbers, found NaN; the file is damaged"
+    old, new = [*now.shape], [*value.shape]
+    if old == new:
+        return None
+    is_smaller = len(old) == len(new) and all(0 < b <= a for a, b in zip(old, new, strict=True)) and old[2:] == new[2:]
+    is_link = isinstance(layer, LINKS) and getattr(layer, "groups", 1) == 1
+    if is_smaller and (isinstance(layer, NORMS) or (is_link and (old[0], new[0]) == (outputs or (old[0], old[0])))):
+        return None
+    return f"expected {old}, or less as its metadata say, found {new}: is of another network than the model"
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Numbers of a kind that weights are in, which one another's place can be taken by."""
+    return value.is_floating_point() and value.element_size() > 1

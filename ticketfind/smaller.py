@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ticketfind.terminal import Screen, plural, table
+from ticketfind.terminal import Screen, percent, plural, table
 
 if TYPE_CHECKING:
     from ticketfind.shrink import Shrunk
     from ticketfind.speed import Comparison, Latency
 
 
-def show(screen: Screen, path: Path, small: "Shrunk", found: "Comparison") -> None:
+def show(screen: Screen, path: Path, small: "Shrunk", found: "Comparison", device: str) -> None:
     """The table, what is gained (or that nothing is), and the JSON object."""
     rows: list[tuple[str, ...]] = [
         (name, f"{size:,}", f"{len(small.kept.get(name, range(size))):,}") for name, size in small.before.items()
@@ -18,7 +18,7 @@ def show(screen: Screen, path: Path, small: "Shrunk", found: "Comparison") -> No
     rows.append(("parameters", *(f"{n:,}" for n in found.parameters)))
     rows.append(("multiply-adds", *(f"{n:,}" for n in found.multiply_adds)))
     rows += [
-        (f"ms, batch {size}", *(f"{one.median:.3f} ({one.low:.3f} to {one.high:.3f})" for one in pair))
+        (f"ms on {device}, batch {size}", *(f"{one.median:.3f} ({one.low:.3f} to {one.high:.3f})" for one in pair))
         for size, pair in found.latency.items()
     ]
     screen.print(table(("units", "before", "after"), rows, left=1))
@@ -35,6 +35,7 @@ def show(screen: Screen, path: Path, small: "Shrunk", found: "Comparison") -> No
             },
             "parameters": _pair(found.parameters),
             "multiply_adds": _pair(found.multiply_adds),
+            "device": device,
             "latency": {
                 str(size): {"before": _ms(before), "after": _ms(after)}
                 for size, (before, after) in found.latency.items()
@@ -49,7 +50,8 @@ def _gain(small: "Shrunk", found: "Comparison") -> str:
     removed = sum(size - len(small.kept.get(name, range(size))) for name, size in small.before.items())
     if not removed:
         return (
-            "no unit is empty, so nothing was removed and nothing is gained: it is the dense network with zeros in it"
+            "no empty unit was found that can go, so nothing was removed and nothing is gained: it is the dense network"
+            " with zeros in it"
         )
     faster = [
         f"{before.median / after.median:.2f} times as fast with a batch of {size}"
@@ -60,7 +62,7 @@ def _gain(small: "Shrunk", found: "Comparison") -> str:
     none = f"no faster with a batch of {' or '.join(slow)}" if slow else ""
     gone = 1 - found.multiply_adds[1] / found.multiply_adds[0]
     told = ", ".join(filter(None, [*faster, none]))
-    return f"{plural(removed, 'unit')} removed, {gone:.1%} of the multiply-adds; {told}"
+    return f"{plural(removed, 'unit')} removed, {percent(gone)} of the multiply-adds; {told}"
 
 
 def _pair(values: tuple[int, int]) -> dict[str, int]:

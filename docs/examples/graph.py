@@ -89,9 +89,13 @@ def explain(run):
     """By kind of edge and node, which share the masks of a round (the last, or as told) have kept; all replicates."""
     from safetensors.torch import load_file
 
-    edges, _, classes = artists()
-    number = int(sys.argv[3]) if len(sys.argv) > 3 else max(int(file.name[:2]) for file in Path(run).glob("masks/*"))
+    edges, names, classes = artists()
+    number = (
+        int(sys.argv[3]) if len(sys.argv) > 3 else max((int(f.name[:2]) for f in Path(run).glob("masks/*")), default=1)
+    )
     files = sorted(Path(run).glob(f"masks/{number:02}-*.safetensors"))
+    if not files:
+        return f"{run}: expected a run of this example with masks of round {number}, found none"
     kept = torch.stack([load_file(file)["edge_weight"] for file in files]).float()  # [replicates, e]
     degree = torch.bincount(edges.flatten(), minlength=len(classes))
     ends = classes[edges]
@@ -119,6 +123,11 @@ def explain(run):
         alone = 100 * (left[:, where] == 0).float().mean(1)
         spread = f"{alone.mean():6.1f} ({alone.min():.1f} to {alone.max():.1f})"
         print(f"{kind + ' nodes cut off':>28} {int(where.sum()):6} {spread}")
+    always = [f"{names[a]} and {names[b]}" for a, b in edges[:, ~kept.bool().any(0)].T.tolist()]
+    lone = [names[node] for node in (left == 0).all(0).nonzero()[:, 0].tolist()]
+    for what, found in (("edges", always), ("nodes", lone)):
+        print(f"left out by all {len(files)}: {len(found)} {what}, such as {'; '.join(found[:4])}")
+    return 0
 
 
 SETTINGS = [
@@ -130,5 +139,5 @@ SETTINGS = [
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--explain"]:
-        sys.exit(explain(sys.argv[2]))
+        sys.exit(explain(sys.argv[2] if len(sys.argv) > 2 else "runs/graph"))
     sys.exit(subprocess.call([sys.executable, "-m", "ticketfind", "search", *SETTINGS, *sys.argv[1:]]))
