@@ -31,6 +31,7 @@ class Draws(Net):
 def mse(outputs, targets): return ((outputs - targets) ** 2).mean()
 def gain(outputs, targets): return -mse(outputs, targets)
 def each(outputs, targets): return (outputs - targets) ** 2
+def in_numpy(outputs, targets): return torch.tensor((outputs.numpy().argmax(1) == targets.numpy()).mean())
 def broken(outputs, targets): raise ValueError("no\\nw")
 def score(trained, initial): return trained
 number = 3
@@ -130,6 +131,8 @@ def test_looking_whether_model_and_data_fit_changes_neither_statistics_nor_gener
          "each: expected a scalar tensor, found shape (2, 3)"),
         ({"data_spec": "user:values", "train_loss": "user:mse", "train_metric": "user:broken"},
          "broken: failed on outputs ([2, 3] float32)"),
+        ({"run_precision": "bf16", "train_metric": "user:in_numpy"},
+         "in_numpy: failed on outputs ([2, 3] bfloat16) and targets ([2] int64): TypeError: Got unsupported"),
         ({"train_loss": "user:number"}, "user.py:number': expected a function, found int"),
         ({"train_loss": "user:gone"}, "has no 'gone'"),
         ({"train_batch_size": 37}, "train.batch_size: expected at most the 36 training examples, found 37"),

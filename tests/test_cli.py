@@ -173,6 +173,13 @@ def test_dry_run_trains_and_writes_nothing(run, tmp_path):
     assert not files_in(tmp_path)
 
 
+def test_dry_run_says_what_there_is_between_masks(run):
+    """Rounds 0 and 4 draw four masks and three: 3 + 2 times 50 iterations for each of 2 replicates."""
+    words = ["--iterations", "200", "--rounds", "7", "--replicates", "2", "--ahead", "4", "--finetune", "50"]
+    assert run("search", *words, "--dry-run", "--json").json["iterations"] == 2 * (8 * 200 + 5 * 50)
+    assert "3,700 iterations in all, 5 times 50 a replicate between masks" in run("search", *words, "--dry-run").out
+
+
 def test_until_sets_the_rounds(run):
     plan = run("search", "--until", "5%", "--dry-run", "--json").json
     assert plan["rounds"][-1]["remaining"] <= 0.05 < plan["rounds"][-2]["remaining"]

@@ -386,6 +386,7 @@ def test_a_search_that_draws_apart_goes_on_to_the_same_bytes(
         ({"prune.ahead": []}, "prune.ahead: expected at least one number of rounds, found none"),
         ({"prune.ahead": [2], "prune.rewind": "lr"}, "prune.ahead: expected [1] beside prune.every"),
         ({"prune.finetune": 3}, "prune.finetune: expected null where a training draws one mask (prune.ahead [1])"),
+        ({"prune.ahead": [1, 1], "prune.finetune": 3}, "prune.finetune: expected null where a training draws one mask"),
         (
             {"prune.ahead": [3], "prune.finetune": "200%"},
             "prune.finetune: expected 1 to the 12 iterations of a round, found 200% = 24 iterations",
@@ -496,6 +497,73 @@ def test_a_replicate_that_fails_takes_nothing_with_it(
             continue
         break
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_crash_after_a_failure_leaves_those_trained_in_step_together(
+    which: int, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, watch: Mock,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Numbers of stacked networks may depend on how many there are."""
+    together: list[list[tuple[int, int]]] = []
+
+    def some(arms: Any, *args: Any, **more: Any) -> Any:
+        if "watched" in more and arms:
+            together.append([(arm.round, arm.replicate) for arm in arms])
+        for arm, outcome in fit(arms, *args, **more):
+            is_bad = "watched" in more and (arm.round, arm.replicate) == (1, which)
+            yield arm, Failed(1, "the loss is not finite") if is_bad else outcome
+
+    own = RunDir.append
+
+    def crash(self: RunDir, entry: Any, log: Path | None = None) -> None:
+        own(self, entry, log)
+        if "failed" in entry:
+            raise Enough
+
+    monkeypatch.setattr("ticketfind.search.fit", some)
+    recipe = make_recipe(
+        {"prune.ahead": [4], "prune.rounds": 4, "prune.finetune": 3, "run.engine": "stacked", "run.arms_at_once": 2}
+    )
+    run_search(recipe, make_task(), tmp_path / "whole")
+    whole, together[:] = together[:], []
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "append", crash)
+        with pytest.raises(Enough):
+            run_search(recipe, make_task(), tmp_path / "cut")
+    watch.reset_mock()
+    run_search(recipe, make_task(), tmp_path / "cut", watch=watch)
+    assert whole == [[(1, 0), (1, 1)], [(2, 1 - which)], [(3, 1 - which)]]
+    assert together == ([whole[0], *whole] if which == 0 else whole)  # replicate 1's mask is not there, or all is done
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+    total, done = watch.begin.call_args.args
+    ticked, skipped = (sum(call.args[0] for call in each.call_args_list) for each in (watch.tick, watch.skip))
+    assert total - skipped == done + ticked
+
+
+def test_a_network_without_an_output_is_not_trained_on(
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
+) -> None:
+    """What a measured round refuses is refused before it is trained on, and the same again."""
+    settings = {"prune.ahead": [3], "prune.finetune": 3, "prune.fraction": {"*": 0.3, "fc3.weight": 0.995}}
+    for _ in range(2):
+        with pytest.raises(TicketfindError, match="replicate 0, on to the mask of round 2: no weight is left in fc3"):
+            run_search(make_recipe(settings), make_task(), tmp_path / "run")
+
+
+def test_what_is_trained_on_is_on_disk_no_longer_than_it_takes(
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, watch: Mock, tmp_path: Path
+) -> None:
+    recipe, most = make_recipe({"prune.ahead": [1, 6], "prune.rounds": 8, "prune.finetune": 3}), {0: 0, 1: 0}
+
+    def look(iterations: int) -> None:
+        for replicate in most:
+            most[replicate] = max(most[replicate], len([*(tmp_path / "run/trained").glob(f"??-{replicate}.*")]))
+
+    watch.tick = look
+    run_search(recipe, make_task(), tmp_path / "run")
+    assert most == {0: 2, 1: 1}  # at each iteration; the last replicate's file is there once its training is over
+    assert {path.name for path in (tmp_path / "run/trained").iterdir()} == {"0.safetensors", "1.safetensors"}
 
 
 @pytest.mark.parametrize("when", ["the weights", "the loss"])

@@ -32,7 +32,7 @@ from ticketfind.lanes import Lane, Member, Stack
 from ticketfind.outputs import cross_entropy
 from ticketfind.recipe import Recipe, Train
 from ticketfind.streams import Stream
-from ticketfind.train import fit
+from ticketfind.train import fit, judge
 
 processes = pytest.mark.skipif(sys.platform != "linux", reason="arms side by side need Linux")
 
@@ -394,6 +394,18 @@ def test_bf16_rounds_what_the_network_computes_and_not_its_weights(
             assert one.final[name].dtype == value.dtype
             torch.testing.assert_close(one.final[name], value, rtol=0, atol=0.02, msg=name)
         assert all(torch.equal(one.final[name] == 0, ~kept) for name, kept in arm.masks.items())
+
+
+def test_given_weights_are_judged_in_the_precision_of_trained_ones(
+    make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    task, how = make_task("mlp"), make_train(iterations=5)
+    ((arm, trained),) = fit(arms_of(task)[:1], task, how, way=Way(precision="bf16"))
+    found = {}
+    for precision in ("bf16", "fp32"):
+        ((_, outcome),) = judge([(arm, trained.final)], task, how, precision=precision)
+        found[precision] = outcome.points[-1].validation_loss
+    assert found["bf16"] == trained.points[-1].validation_loss != found["fp32"]
 
 
 @pytest.mark.parametrize(

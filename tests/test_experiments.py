@@ -258,6 +258,23 @@ def test_noise_on_trained_weights_is_measured_and_not_trained(
     assert found.arms["weight-noise=2"].accuracy_early.values == pytest.approx(expected)
 
 
+def test_noise_on_trained_weights_is_measured_in_the_precision_of_the_trainings(
+    make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    own, precisions = experiments.judge, []
+
+    def judge(*args: Any, precision: str) -> Any:
+        precisions.append(precision)
+        return own(*args, precision=precision)
+
+    monkeypatch.setattr(experiments, "judge", judge)
+    task = make_task()
+    way = Way(precision="bf16")
+    evaluate([make_ticket(task)], task, make_train(), seeds=[3], way=way, weight_noise=[1.0])
+    assert precisions == ["bf16", "bf16"]  # the ticket, the dense network
+
+
 # -------------------------------------------------------------------------------------- further controls
 
 

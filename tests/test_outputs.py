@@ -124,3 +124,16 @@ def test_shapes_that_do_not_tell_the_axis_are_refused_but_for_logits():
 
 def test_real_targets_count_by_example():
     assert outputs.counted(torch.zeros(5, 3)) == 5
+
+
+@pytest.mark.parametrize("places", [(), (5,)])
+def test_the_cross_entropy_of_rounded_predictions_is_not_rounded(places):
+    """Autocast computes it in float32, on a CPU too, where it leaves a softmax in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(6, 3, *places, generator=generator).bfloat16()
+    targets = torch.randint(3, (6, *places), generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = outputs.cross_entropy(scores, targets)
+    exact = -torch.log_softmax(scores.double(), 1).gather(1, targets[:, None]).mean()
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(float(exact), rel=1e-6)

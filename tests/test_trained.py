@@ -120,6 +120,26 @@ def test_every_command_takes_a_one_shot_run(files, command):
     assert refused.code == 1 and "round: expected" in refused.err and refused.err.count("\n") == 1
 
 
+def test_trained_weights_are_measured_in_the_precision_asked_for(files, command):
+    """As the rounds are that they are compared with; the loss shows bfloat16, the accuracy need not."""
+    for precision in ("fp32", "bf16"):
+        words = ["search", *WORDS, *FROM_TWO, "--rounds", "1", "--precision", precision]
+        assert command(*words, "--out", precision).code == 0
+    losses = [json.loads(Path(name, "log.jsonl").read_text().splitlines()[0]) for name in ("fp32", "bf16")]
+    exact, rounded = (line["validation_loss"] for line in losses)
+    assert exact != rounded and rounded == pytest.approx(exact, rel=0.05)
+
+
+def test_masks_of_trained_weights_that_are_trained_on(files, command):
+    """Round 0 takes no iteration, but what comes of it is trained on between the masks."""
+    words = ["search", *WORDS, *FROM_TWO, "--rounds", "3", "--prune", "0.3", "--replicates", "2"]
+    words += ["--ahead", "3", "--finetune", "2it"]
+    plan, found = command(*words, "--dry-run").json, command(*words, "--out", "run").json
+    assert plan["iterations"] == 2 * (sum(entry["iterations"] for entry in plan["rounds"]) + 2 * 2)
+    assert [entry["round"] for entry in found["rounds"]] == [0, 1, 2, 3]
+    assert command("verify", "run").code == 0
+
+
 def test_further_rounds_are_trained_from_the_checkpoint(files, command):
     init, trained = files
     words = ["search", *WORDS, *FROM_TWO, "--rounds", "2", "--prune", "0.5", "--scope", "layer", "--out", "run"]

@@ -170,6 +170,22 @@ def test_a_claim_that_is_not_reached(run: RunDir, make_recipe: MakeRecipe, make_
     assert check.passed is False and "to be expected from 99.20%" in check.found
 
 
+def test_a_ticket_is_trained_again_in_its_searchs_precision(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ["--iterations", "20", "--rounds", "1", "--replicates", "1", "--precision", "bf16"]
+    assert command("search", *small, "--tolerance", "100").code == 0
+    own, precisions = retraining.fit, []
+
+    def fit(*args: Any, **more: Any) -> Any:
+        precisions.append(more["way"].precision)
+        return own(*args, **more)
+
+    monkeypatch.setattr(retraining, "fit", fit)
+    assert command("verify", "--retrain").code == 0
+    assert precisions == ["bf16"]
+
+
 def test_the_command(command: Callable[..., Any], tmp_path: Path) -> None:
     """On digits: 0 for what is as it says, 1 and the reason where not; --retrain from the file alone."""
     small = ["--iterations", "60", "--rounds", "2", "--replicates", "2", "--set", "train.eval_every=20"]

@@ -76,7 +76,8 @@ def assemble(recipe: Recipe, *, arms: int | None = None) -> tuple[Recipe, Task]:
         trainer=_trainer(recipe),
     )
     if not recipe.train.is_external:
-        task = _fitting(recipe, task)
+        with devices.autocast(devices.Way(precision=recipe.run.precision), device)():
+            task = _fitting(recipe, task)
         task = dataclasses.replace(task, need=_need(recipe, task))
     return dataclasses.replace(resolved, run=_settled(resolved, task, arms or recipe.run.replicates)), task
 

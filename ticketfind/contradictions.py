@@ -56,7 +56,7 @@ def _of_drawing(model: "Model", prune: "Prune", train: "Train") -> Iterator[str]
     for key, length in (("every", prune.every), ("finetune", prune.finetune)):
         if length is not None and prune.score in BEFORE_TRAINING:
             yield f"prune.{key}: expected null with {prune.score}, which looks at no training, found {length}"
-    if prune.finetune is not None and prune.ahead == (1,):
+    if prune.finetune is not None and {*prune.ahead} == {1}:
         yield f"prune.finetune: expected null where a training draws one mask (prune.ahead [1]), found {prune.finetune}"
     if not prune.ahead:
         yield "prune.ahead: expected at least one number of rounds, found none"

@@ -162,7 +162,7 @@ def evaluate(
             for name, accuracy in under_attack(outcome.final).items() if under_attack else ():
                 robust.setdefault(name, {}).setdefault(kind, {}).setdefault(case.replicate, []).append(accuracy)
             if kind in ("ticket", "dense") and task.data is not None:
-                for level, found in _shaken(design, case, arm, outcome.final, task, how):
+                for level, found in _shaken(design, case, arm, outcome.final, task, how, way):
                     name = f"weight-noise={level:g}" if kind == "ticket" else f"dense weight-noise={level:g}"
                     if isinstance(found, Failed):
                         notes.append(f"{name}, seed {case.seed}: its numbers are not finite; it is left out")
@@ -193,12 +193,12 @@ def evaluate(
 
 
 def _shaken(
-    design: Design, case: _Case, arm: Arm, final: State, task: Task, how: Train
+    design: Design, case: _Case, arm: Arm, final: State, task: Task, how: Train, way: Way
 ) -> Iterator[tuple[float, Outcome | Failed]]:
     """Trained weights with noise on those that the mask keeps, measured."""
     for level in design.weight_noise:
         state = masks.masked(noisy(case.ticket, level, case.seed, final), arm.masks)
-        ((_, outcome),) = judge([(arm, state)], task, how)
+        ((_, outcome),) = judge([(arm, state)], task, how, precision=way.precision)
         yield level, outcome
 
 

@@ -243,7 +243,7 @@ def verify(
 
 
 def _retrained(file: Path, settings: dict[str, Any], trust: bool, screen: "Screen") -> "Check":
-    from ticketfind import assemble, retraining, terminal
+    from ticketfind import assemble, devices, retraining, terminal
     from ticketfind import verify as checks
     from ticketfind.ticket import load_ticket
 
@@ -256,5 +256,7 @@ def _retrained(file: Path, settings: dict[str, Any], trust: bool, screen: "Scree
     ):
         progress.begin(int(recipe.train.iterations) - ticket.about.iteration, 0)
         return checks.of_retraining(
-            retraining.retrain(ticket, task, recipe.train, tick=progress.tick, folder=Path(folder))
+            retraining.retrain(
+                ticket, task, recipe.train, way=devices.Way.of(recipe.run), tick=progress.tick, folder=Path(folder)
+            )
         )

@@ -24,6 +24,8 @@ def show_plan(screen: Screen, recipe: "Recipe", plan: "Plan") -> None:
     """`search --dry-run`."""
     total = plan.total * recipe.run.replicates
     twice = f", {plural(len(plan.drawn), 'round')} trained twice, once for the mask" if plan.drawn else ""
+    tuned = sum(len(plan.tuned(round)) for round in plan.ahead)
+    between = f", {plural(tuned, 'time')} {plan.finetune:,} a replicate between masks" if tuned else ""
     screen.print(escape(layers.to_yaml(recipe)))
     screen.print(_rounds_table(plan.kept, plan.iterations))
     for candidate in plan.candidates:
@@ -31,7 +33,7 @@ def show_plan(screen: Screen, recipe: "Recipe", plan: "Plan") -> None:
             screen.message(f"{candidate.name} is {candidate.reason}")
     screen.result(
         f"{plural(recipe.run.replicates, 'replicate')}, {'at most ' if plan.may_end_early else ''}{total:,} iterations"
-        f" in all{twice};"
+        f" in all{twice}{between};"
         f" memory {size(plan.memory)} beside data and activations, disk {size(plan.disk)}",
         {
             "recipe": recipe.plain(),

@@ -7,6 +7,7 @@ from pathlib import Path
 from ticketfind import TicketfindError, experiments, results, student
 from ticketfind.arms import Arm, Task
 from ticketfind.course import Failed
+from ticketfind.devices import EAGER, Way
 from ticketfind.forks import Tick
 from ticketfind.recipe import Train
 from ticketfind.ticket import Ticket
@@ -32,7 +33,13 @@ class Retraining:
 
 
 def retrain(
-    ticket: Ticket, task: Task, how: Train, *, tick: Tick = lambda n: None, folder: Path | None = None
+    ticket: Ticket,
+    task: Task,
+    how: Train,
+    *,
+    way: Way = EAGER,
+    tick: Tick = lambda n: None,
+    folder: Path | None = None,
 ) -> Retraining:
     """Train `ticket` with the seed that the search had for it, and compare with the accuracy that it claims.
 
@@ -46,7 +53,7 @@ def retrain(
         ticket.about.replicate,
     )  # fmt: skip
     experiments.check(ticket, task, how)
-    ((_, outcome),) = fit([arm], task, how, tick=tick, folder=folder)
+    ((_, outcome),) = fit([arm], task, how, way=way, tick=tick, folder=folder)
     if isinstance(outcome, Failed):
         raise TicketfindError(f"the ticket failed to train: {outcome.reason}")
     least = 1 / outcome.test_size if outcome.test_size else 1e-6

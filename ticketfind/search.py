@@ -6,13 +6,14 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from ticketfind import TicketfindError, contents, invariants, masks, prunable, results, rundir
-from ticketfind.arms import Arm, Outcome, Task, Watched
+from ticketfind.arms import Arm, Outcome, State, Task, Watched
 from ticketfind.batches import derived_seed
 from ticketfind.connection import is_disconnected
 from ticketfind.course import Failed
 from ticketfind.devices import Way
 from ticketfind.drawing import Drawing
 from ticketfind.keeping import Keeper, Watch
+from ticketfind.masks import Masks
 from ticketfind.plan import Plan
 from ticketfind.recipe import Recipe
 from ticketfind.rundir import RunDir
@@ -138,7 +139,7 @@ class _Job:
         """Draw the masks of a round's training after its first, each after training on under the one before."""
         keeper, further = self.keeper, self.plan.tuned(round)
         for number in further:
-            there, todo = self.run.masks(), self.untuned(number)
+            over, todo = self.tuned_over(number), self.untuned(number)
             trainings = fit(
                 [self.going_on(number - 1, replicate) for replicate in todo], self.task, self.recipe.train,
                 way=Way.of(self.recipe.run), tick=self.watch.tick, note=self.watch.note,
@@ -146,30 +147,34 @@ class _Job:
             )  # fmt: skip
             with closing(trainings) as tuned:
                 for replicate, (arm, outcome) in zip(todo, tuned, strict=True):
-                    if (number, replicate) in there:
+                    if replicate in over:
                         continue
                     self.run.check()
                     if isinstance(outcome, Failed):
                         keeper.fail(number, replicate, arm, outcome, untrained=True)
                         continue
                     keeper.hold(arm, outcome, invariants.of_training(outcome.final, arm.masks))
-                    keeper.save(self.run.trained_file(replicate, number - 1), outcome.final)
+                    if number + 1 in further:
+                        keeper.save(self.run.trained_file(replicate, number - 1), outcome.final)
                     keeper.keep(number - 1, replicate, arm, outcome, keeper.at_rewind_point(replicate))
-        self.run.forget_trained(range(max(1, round), further.stop - 1))
+            self.run.forget_trained(range(max(1, round), number - 1))
 
     def going_on(self, round: int, replicate: int) -> Arm:
         """Train on under a round's mask, at the schedule's last learning rates, from what drew it."""
         start, _ = read_tensors(self.run.trained_file(replicate, round - 1), "trained weights")
-        mask, _ = read_tensors(self.run.mask_file(round, replicate), "mask")
         name = f"replicate {replicate}, on to the mask of round {round + 1}"
+        mask = self.mask(name, start, round, replicate)
         seed = derived_seed(self.recipe.run.seed + replicate, "finetune", round)
         return Arm(name, start, mask, seed, int(self.recipe.train.iterations) - self.plan.finetune, round, replicate)
 
+    def tuned_over(self, number: int) -> set[int]:
+        """Replicates whose mask of this round is there, or that have failed on the way to it."""
+        there = {replicate for round, replicate in self.run.masks() if round == number}
+        return there | self.standing().drawn_over(number - 1)
+
     def untuned(self, number: int) -> list[int]:
         """Replicates whose mask of this round is drawn after training on, and is to be."""
-        there = self.run.masks()
-        alive = self.standing().alive(number)
-        return self.todo(alive, {replicate for replicate in alive if (number, replicate) in there})
+        return self.todo(self.standing().alive(number - 1), self.tuned_over(number))
 
     def standing(self) -> Standing:
         """What the logs say now."""
@@ -203,8 +208,9 @@ class _Job:
                 todo = self.todo(alive, now.over(round))
                 done += count * (len(alive) - len(todo)) + self.snapshots.done(round, todo)
             for number in self.plan.tuned(round):
-                total += self.plan.finetune * len(now.alive(number))
-                done += self.plan.finetune * (len(now.alive(number)) - len(self.untuned(number)))
+                before = len(now.alive(number - 1))
+                total += self.plan.finetune * before
+                done += self.plan.finetune * (before - len(self.untuned(number)))
             if round in self.plan.drawn:
                 own = [line["iterations"] for line in now.drawn if line["round"] == round]
                 total += count * len(set(alive) - now.drawn_over(round)) + sum(own)
@@ -254,7 +260,8 @@ class _Job:
         how = self.recipe.train
         if round == 0 and self.task.trained:
             named = (dataclasses.replace(arm, name=f"{arm.name}, from model.trained") for arm in arms)
-            return judge(((arm, {**arm.start, **self.task.trained}) for arm in named), self.task, how)
+            each = ((arm, {**arm.start, **self.task.trained}) for arm in named)
+            return judge(each, self.task, how, precision=self.recipe.run.precision)
         return fit(
             arms,
             self.task,
@@ -279,6 +286,11 @@ class _Job:
             return Arm(name, self.task.start(seed), {}, seed, replicate=replicate)
         self.run.check()
         start, _ = read_tensors(self.keeper.start_file(round, replicate), "rewind point")
+        mask = self.mask(name, start, round, replicate)
+        return Arm(name, start, mask, seed, self.plan.rewind, round, replicate)
+
+    def mask(self, name: str, start: State, round: int, replicate: int) -> Masks:
+        """A round's mask. Raises TicketfindError where nothing can be trained from `start` under it."""
         mask, _ = read_tensors(self.run.mask_file(round, replicate), "mask")
         emptied = ", ".join(parameter for parameter, kept in mask.items() if not bool(kept.any()))
         if emptied:
@@ -293,4 +305,4 @@ class _Job:
                 f"{name}: a whole row of {', '.join(lost)} is pruned, whose length weight_norm divides by;"
                 " --skip it, prune it less (--prune '*=0.2' --prune GLOB=0.05), or take fewer rounds"
             )
-        return Arm(name, start, mask, seed, self.plan.rewind, round, replicate)
+        return mask

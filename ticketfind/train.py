@@ -93,12 +93,14 @@ def _faults_of(arms: Sequence[Arm], task: Task, how: Train, at_once: int = 1) ->
 
 
 def judge(
-    arms: Iterable[tuple[Arm, State]], task: Task, how: Train
+    arms: Iterable[tuple[Arm, State]], task: Task, how: Train, *, precision: str
 ) -> Generator[tuple[Arm, Outcome | Failed], None, None]:
-    """Every arm with the outcome that given weights, in place of its training, stand for; measured, not trained."""
+    """Every arm with the outcome that given weights, in place of its training, stand for; measured, not trained,
+    in the precision that trainings beside them are measured in."""
+    way = Way(precision=precision)
     for arm, weights in arms:
-        with _faults_of([arm], task, how), devices.arithmetic(EAGER, task.device, task.model):
-            training = engine.begin(EAGER, task.model, [(weights, arm.masks)], list, how, task.loss, device=task.device)
+        with _faults_of([arm], task, how), devices.arithmetic(way, task.device, task.model):
+            training = engine.begin(way, task.model, [(weights, arm.masks)], list, how, task.loss, device=task.device)
             began = _digests(training, task.model, [(arm.name, weights, arm.masks)])
             course = Course.new(int(how.iterations), began)
             course.kept = [arm.start]
