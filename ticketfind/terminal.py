@@ -152,9 +152,9 @@ class RoundRows:
             ("stops at", 9),
             ("vs dense", 9),
         ]
-        if width < 76:
+        if width < 79:
             columns = [column for column in columns if column[0] != "at the end"]
-        if width < 60:
+        if width < 63:
             columns = [column for column in columns if column[0] not in ("stops at", "vs dense")]
         self._columns = columns
         self._dense: Stats | None = None
