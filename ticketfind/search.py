@@ -97,7 +97,7 @@ class _Job:
         unseen = {*rounds}.difference(now.known(rounds))
         self.watch.skip(sum(self.plan.iterations[round] * len(now.alive(round)) for round in unseen))
         spared = [number for round in self.plan.ahead for number in self.plan.tuned(round)]
-        self.watch.skip(sum(self.plan.finetune * len(self.untuned(number)) for number in spared))
+        self.watch.skip(sum(self.plan.finetune * len(self.untuned(number, now)) for number in spared))
 
     def measure(self, round: int) -> None:
         """Train what is not yet trained of a round, in full; it draws the next mask, if none does it apart."""
@@ -121,14 +121,8 @@ class _Job:
             arms, self.keeper.initial, self.recipe.prune, way=Way.of(self.recipe.run), tick=self.watch.tick,
             note=self.watch.note,
         )  # fmt: skip
-        with closing(trainings) as trained:
-            for replicate, (arm, outcome) in zip(todo, trained, strict=True):
-                if replicate in over:
-                    continue
-                self.run.check()
-                if isinstance(outcome, Failed):
-                    self.keeper.fail(round + 1, replicate, arm, outcome, untrained=True)
-                    continue
+        with closing(self.for_masks(round + 1, todo, over, trainings)) as drawn:
+            for replicate, arm, outcome in drawn:
                 done = outcome.points[-1].iteration - arm.first
                 self.watch.skip(self.plan.iterations[round] - done)
                 self.keeper.keep(round, replicate, arm, outcome, self.keeper.initial(arm))
@@ -139,25 +133,38 @@ class _Job:
         """Draw the masks of a round's training after its first, each after training on under the one before."""
         keeper, further = self.keeper, self.plan.tuned(round)
         for number in further:
-            over, todo = self.tuned_over(number), self.untuned(number)
+            now = self.standing()
+            over, todo = self.tuned_over(number, now), self.untuned(number, now)
             trainings = fit(
                 [self.going_on(number - 1, replicate) for replicate in todo], self.task, self.recipe.train,
                 way=Way.of(self.recipe.run), tick=self.watch.tick, note=self.watch.note,
                 paths=self.drawing.score.needs_path, watched=Watched(every=self.plan.finetune),
             )  # fmt: skip
-            with closing(trainings) as tuned:
-                for replicate, (arm, outcome) in zip(todo, tuned, strict=True):
-                    if replicate in over:
-                        continue
-                    self.run.check()
-                    if isinstance(outcome, Failed):
-                        keeper.fail(number, replicate, arm, outcome, untrained=True)
-                        continue
+            with closing(self.for_masks(number, todo, over, trainings)) as tuned:
+                for replicate, arm, outcome in tuned:
                     keeper.hold(arm, outcome, invariants.of_training(outcome.final, arm.masks))
                     if number + 1 in further:
                         keeper.save(self.run.trained_file(replicate, number - 1), outcome.final)
                     keeper.keep(number - 1, replicate, arm, outcome, keeper.at_rewind_point(replicate))
             self.run.forget_trained(range(max(1, round), number - 1))
+
+    def for_masks(
+        self,
+        number: int,
+        todo: list[int],
+        over: set[int],
+        trainings: Generator[tuple[Arm, Outcome | Failed], None, None],
+    ) -> Generator[tuple[int, Arm, Outcome], None, None]:
+        """What comes of trainings for a round's masks alone, by replicate; one that fails ends its replicate."""
+        with closing(trainings) as trained:
+            for replicate, (arm, outcome) in zip(todo, trained, strict=True):
+                if replicate in over:
+                    continue
+                self.run.check()
+                if isinstance(outcome, Failed):
+                    self.keeper.fail(number, replicate, arm, outcome, untrained=True)
+                else:
+                    yield replicate, arm, outcome
 
     def going_on(self, round: int, replicate: int) -> Arm:
         """Train on under a round's mask, at the schedule's last learning rates, from what drew it."""
@@ -167,14 +174,14 @@ class _Job:
         seed = derived_seed(self.recipe.run.seed + replicate, "finetune", round)
         return Arm(name, start, mask, seed, int(self.recipe.train.iterations) - self.plan.finetune, round, replicate)
 
-    def tuned_over(self, number: int) -> set[int]:
+    def tuned_over(self, number: int, now: Standing) -> set[int]:
         """Replicates whose mask of this round is there, or that have failed on the way to it."""
         there = {replicate for round, replicate in self.run.masks() if round == number}
-        return there | self.standing().drawn_over(number - 1)
+        return there | now.drawn_over(number - 1)
 
-    def untuned(self, number: int) -> list[int]:
+    def untuned(self, number: int, now: Standing) -> list[int]:
         """Replicates whose mask of this round is drawn after training on, and is to be."""
-        return self.todo(self.standing().alive(number - 1), self.tuned_over(number))
+        return self.todo(now.alive(number - 1), self.tuned_over(number, now))
 
     def standing(self) -> Standing:
         """What the logs say now."""
@@ -210,7 +217,7 @@ class _Job:
             for number in self.plan.tuned(round):
                 before = len(now.alive(number - 1))
                 total += self.plan.finetune * before
-                done += self.plan.finetune * (before - len(self.untuned(number)))
+                done += self.plan.finetune * (before - len(self.untuned(number, now)))
             if round in self.plan.drawn:
                 own = [line["iterations"] for line in now.drawn if line["round"] == round]
                 total += count * len(set(alive) - now.drawn_over(round)) + sum(own)
