@@ -385,8 +385,8 @@ def test_a_search_that_draws_apart_goes_on_to_the_same_bytes(
         ({"prune.every": 13}, "prune.every: expected 1 to the 12 iterations of a round, found 13"),
         ({"prune.ahead": []}, "prune.ahead: expected at least one number of rounds, found none"),
         ({"prune.ahead": [2], "prune.rewind": "lr"}, "prune.ahead: expected [1] beside prune.every"),
-        ({"prune.finetune": 3}, "prune.finetune: expected null where a training draws one mask (prune.ahead [1])"),
-        ({"prune.ahead": [1, 1], "prune.finetune": 3}, "prune.finetune: expected null where a training draws one mask"),
+        ({"prune.finetune": 3}, "prune.finetune: expected with --ahead 2 or more (several masks)"),
+        ({"prune.ahead": [1, 1], "prune.finetune": 3}, "prune.finetune: expected with --ahead 2 or more"),
         (
             {"prune.ahead": [3], "prune.finetune": "200%"},
             "prune.finetune: expected 1 to the 12 iterations of a round, found 200% = 24 iterations",

@@ -57,7 +57,7 @@ def _of_drawing(model: "Model", prune: "Prune", train: "Train") -> Iterator[str]
         if length is not None and prune.score in BEFORE_TRAINING:
             yield f"prune.{key}: expected null with {prune.score}, which looks at no training, found {length}"
     if prune.finetune is not None and {*prune.ahead} == {1}:
-        yield f"prune.finetune: expected null where a training draws one mask (prune.ahead [1]), found {prune.finetune}"
+        yield f"prune.finetune: expected with --ahead 2 or more (several masks), found {prune.finetune} without"
     if not prune.ahead:
         yield "prune.ahead: expected at least one number of rounds, found none"
     if prune.ahead != (1,) and (prune.every is not None or prune.mask_stop is not None or prune.rewind == "lr"):
