@@ -48,6 +48,11 @@ def of(recipe: "Recipe") -> Iterator[str]:
             yield f"prune.rewind: expected 0it or lr, as model.trained shows no iteration between, found {prune.rewind}"
 
 
+def passes_over_fraction(prune: "Prune") -> bool:
+    """Whether the shares in `prune.fraction` have no say: a pattern heeds only those of 0, which leave layers whole."""
+    return readers.pattern(prune.scope) is not None and 0 not in prune.fraction.values()
+
+
 def _of_drawing(model: "Model", prune: "Prune", train: "Train") -> Iterator[str]:
     if prune.every is not None and prune.mask_stop is not None:
         yield "prune.mask_stop: expected null beside prune.every, found both"
