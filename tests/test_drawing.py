@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -20,6 +21,7 @@ from ticketfind.course import Failed, Point
 from ticketfind.devices import Way
 from ticketfind.drawing import Drawing, Settled, Tightening
 from ticketfind.masks import Group, Masks
+from ticketfind.plan import make_plan
 from ticketfind.recipe import Recipe, RecipeError, Train
 from ticketfind.rundir import RunDir
 from ticketfind.scores import SCORES, Score, Seen, scored
@@ -388,6 +390,18 @@ def test_a_search_that_draws_apart_goes_on_to_the_same_bytes(
         ({"prune.finetune": 3}, "prune.finetune: expected with --ahead 2 or more (several masks)"),
         ({"prune.ahead": [1, 1], "prune.finetune": 3}, "prune.finetune: expected with --ahead 2 or more"),
         (
+            {"prune.ahead": [4], "prune.finetune": 3, "prune.rounds": 1},
+            "prune.finetune: expected a training that draws several masks, found none: 1 round with --ahead 4",
+        ),
+        (
+            {"prune.ahead": [1, 1, 3], "prune.finetune": 3, "prune.rounds": 3},
+            "expected a training that draws several masks, found none: 3 rounds with --ahead 1 --ahead 1 --ahead 3",
+        ),
+        (
+            {"prune.ahead": [1, 2], "prune.finetune": 3, "prune.rounds": 9, "prune.scope": "2:4"},
+            "prune.finetune: expected a training that draws several masks, found none: 2 rounds with --ahead 1",
+        ),
+        (
             {"prune.ahead": [3], "prune.finetune": "200%"},
             "prune.finetune: expected 1 to the 12 iterations of a round, found 200% = 24 iterations",
         ),
@@ -417,6 +431,18 @@ def test_contradictions(settings: dict[str, Any], message: str, make_recipe: Cal
     with pytest.raises(RecipeError) as error:
         make_recipe(settings)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("rounds", [*range(1, 8)])
+@pytest.mark.parametrize("ahead", [[2], [4], [1, 2], [1, 1, 3], [3, 1], [4, 3, 2]])
+def test_a_finetuning_is_refused_where_the_plan_has_none(
+    ahead: list[int], rounds: int, make_recipe: Callable[..., Recipe], make_task: Callable[..., Task]
+) -> None:
+    settings = {"prune.ahead": ahead, "prune.rounds": rounds}
+    plan = make_plan(make_recipe(settings), make_task().model)
+    tunes = any(len(plan.draws(round)) > 1 for round in plan.ahead)
+    with nullcontext() if tunes else pytest.raises(RecipeError, match="draws several masks, found none"):
+        make_recipe({**settings, "prune.finetune": 3})
 
 
 # ------------------------------------------------------------------------------------------ what fails
