@@ -330,6 +330,40 @@ def test_finetuned_masks_are_those_of_plain_pytorch_that_goes_on_under_the_mask_
     assert all(check.passed is not False for check in verify.of_run(RunDir(tmp_path / "tuned")))
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_training_that_is_not_measured_is_the_same_training(
+    way: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    task, how = make_task(), make_train(optimizer="adamw")
+    arms = [Arm(f"a{seed}", task.start(seed), half(), seed, first=5, replicate=seed) for seed in (3, 4)]
+    for every in (7, 2):  # its last look is at its end, or before
+        found = [
+            [outcome for _, outcome in fit(arms, task, how, way=way_of(way), paths=True, watched=watched)]
+            for watched in (Watched(every=every), Watched(every=every, at_end=False))
+        ]
+        for with_numbers, without in zip(*found, strict=True):
+            assert isinstance(with_numbers, Outcome) and isinstance(without, Outcome)
+            assert with_numbers.path is not None and without.path is not None
+            assert [point.iteration for point in with_numbers.points] == [12] and not without.points
+            assert without.numbers is None
+            assert all(torch.equal(without.final[name], value) for name, value in with_numbers.final.items())
+            assert all(torch.equal(without.path[name], value) for name, value in with_numbers.path.items())
+
+
+def test_no_evaluation_is_made_that_nothing_asks_for(
+    make_task: Callable[..., Task],
+    make_recipe: Callable[..., Recipe],
+    run_search: Search,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Of each round there are four, every three of twelve iterations, of each of two replicates, finetuned or not."""
+    made = Mock(wraps=train._measure)
+    monkeypatch.setattr(train, "_measure", made)
+    run_search(make_recipe({"prune.ahead": [3], "prune.finetune": 5}), make_task(), tmp_path / "run")
+    assert made.call_count == 4 * 4 * 2
+
+
 def test_until_fails_measures_between_the_trainings_that_draw_ahead(
     make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
 ) -> None:

@@ -46,7 +46,7 @@ def fit(
     told of the iterations done; may raise, to end it all. note: told what the user should know. folder: for the files
     of an outside program that trains. snapshots: trainings go on from them, and are kept in them, at the latest when
     `tick` raises. paths: outcomes tell how far each weight has gone. watched: for the masks that are drawn; such
-    trainings are measured at their end only, and are not kept in snapshots.
+    trainings are measured at their end only, if at all, and are not kept in snapshots.
     Raises TicketfindError, naming the arm, where the training fails; numbers that are no longer finite end one arm.
     """
     together = [*_together(arms, way.in_step)]
@@ -118,7 +118,8 @@ def _train(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) ->
     how, keep_at, first, watched = work.how, work.keep_at, arms[0].first, work.watched
     last, every = int(how.iterations) if work.until is None else work.until, int(how.eval_every)
     looked_at = set() if watched is None else {*range(first + watched.every, last + 1, watched.every)}
-    measured_at = {stop for stop in (*(() if watched else range(every, last, every)), last) if stop > first}
+    stops = (*range(every, last, every), last) if watched is None else (last,) * watched.at_end
+    measured_at = {stop for stop in stops if stop > first}
     kept_at = {keep_at} if keep_at is not None and keep_at >= first else set()
     with _own_draws(task), devices.arithmetic(way, task.device, task.model):
         training, course = _begun(task, arms, work, way, note)
@@ -137,7 +138,7 @@ def _train(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) ->
                 work.snapshots.offer(arms, take)
 
         count, tightened = 1, list[Masks]()
-        for stop in sorted(measured_at | kept_at | looked_at):
+        for stop in sorted(measured_at | kept_at | looked_at | {last}):
             while course.at < stop and not course.is_over:
                 count = min(count, stop - course.at)
                 began = time.monotonic()
@@ -303,7 +304,7 @@ def _outcomes(
                 tuple(points),
                 final,
                 kept,
-                measured(points),
+                measured(points) if points else None,
                 _test_size(task),
                 gone[arm] if paths else None,
                 {name: mask.cpu() for name, mask in tightened[arm].items()} if tightened else None,
