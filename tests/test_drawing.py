@@ -2,8 +2,9 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -732,6 +733,47 @@ def test_what_a_failure_spares_is_counted(
     total, _ = watch.begin.call_args.args
     skipped = sum(call.args[0] for call in watch.skip.call_args_list)
     assert total - skipped == sum(call.args[0] for call in watch.tick.call_args_list)
+
+
+@pytest.mark.parametrize("engine", ["eager", "stacked"])
+@pytest.mark.parametrize("replicates", [{1}, {0, 1}])
+@pytest.mark.parametrize(
+    ("settings", "apart", "round"),
+    [
+        ({}, False, 2),
+        ({"prune.every": 4}, True, 1),
+        ({"prune.every": 4}, False, 1),
+        ({"prune.mask_stop": 1.0}, True, 1),
+        ({"prune.ahead": [2]}, False, 2),
+        ({"prune.ahead": [3], "prune.finetune": 3}, True, 1),
+    ],
+)
+def test_what_a_training_that_fails_on_its_way_does_not_come_to_is_counted(
+    settings: dict[str, Any], apart: bool, round: int, replicates: set[int], engine: str,
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, watch: Mock,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Nothing trains from such weights; of arms in step the others go on."""
+
+    def spoiled(arms: Sequence[Arm], *args: Any, **more: Any) -> Any:
+        places = {(round, replicate) for replicate in replicates} if ("watched" in more) == apart else set()
+        huge = [
+            replace(arm, start={name: value * 1e30 for name, value in arm.start.items()})
+            if (arm.round, arm.replicate) in places
+            else arm
+            for arm in arms
+        ]
+        return fit(huge, *args, **more)
+
+    for module in ("drawing", "search"):
+        monkeypatch.setattr(f"ticketfind.{module}.fit", spoiled)
+    recipe = make_recipe({**settings, "run.engine": engine, "run.arms_at_once": 2, "train.eval_every": 2})
+    run_search(recipe, make_task(), tmp_path / "run")
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert {line["replicate"] for line in log if "failed" in line} == replicates
+    total, _ = watch.begin.call_args.args
+    ticked, skipped = (sum(call.args[0] for call in each.call_args_list) for each in (watch.tick, watch.skip))
+    assert total - skipped == ticked
 
 
 @pytest.mark.parametrize(
