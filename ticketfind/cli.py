@@ -202,7 +202,9 @@ def diff(
         if exit_code:
             _fail(error, 2)
         raise
-    answers.show_difference(screen, found, between)
+    taken = {"a": (a, one.about), "b": (b, other.about)}
+    sides = {name: answers.Side(str(path), about.round, about.replicate) for name, (path, about) in taken.items()}
+    answers.show_difference(screen, found, between, sides)
     if exit_code and not found.is_none:
         raise typer.Exit(1)
 
