@@ -139,7 +139,7 @@ def make_recipe() -> Callable[..., Recipe]:
         for path, value in (settings or {}).items():
             section, key = path.split(".")
             layer[section][key] = value
-        recipe = from_layers({"name": "tiny"}, layer)
+        recipe = from_layers({"name": "tiny", **layer})
         return recipe.resolved(train_size=90, validation=40, device="cpu")
 
     return make

@@ -13,7 +13,7 @@ from ticketfind.agreement import between, difference
 from ticketfind.arms import Task
 from ticketfind.rundir import RunDir
 from ticketfind.tensorfile import read_tensors
-from ticketfind.ticket import Ticket
+from ticketfind.ticket import Ticket, load_ticket
 
 
 def test_difference(make_task: Callable[..., Task], make_ticket: Callable[..., Ticket]) -> None:
@@ -95,7 +95,25 @@ def test_replicates_pair_by_pair(command: Callable[..., Any]) -> None:
     assert (across["same_init"]["pairs"], across["other_init"]["pairs"]) == (2, 4)
     assert across["same_init"]["values"] == [1.0, orders["same_init"]["mean"]]
     assert orders["same_init"]["mean"] > 0.3
+    best = {
+        name: min(
+            (line["validation_loss"], line["replicate"]) for line in RunDir(Path(name)).log() if line["round"] == 2
+        )[1]
+        for name in ("a", "b")
+    }
+    sides = command("diff", "a", "b", "--round", "2", "--json").json
+    assert {key: sides[key] for key in best} == {
+        name: {"path": name, "round": 2, "replicate": replicate} for name, replicate in best.items()
+    }
+    assert command("export", "a", "--round", "1", "--replicate", "1", "--out", "a1.safetensors").code == 0
+    shown = command("diff", "a1.safetensors", "b/ticket.safetensors")
+    winner = load_ticket("b/ticket.safetensors").about
+    assert shown.out.startswith(
+        "A: a1.safetensors, round 1, replicate 1\n"
+        f"B: b/ticket.safetensors, round {winner.round}, replicate {winner.replicate}\n"
+    )
     shown = command("diff", "a", "b", "--round", "2")
+    assert shown.out.startswith(f"A: a, round 2, replicate {best['a']}\nB: b, round 2, replicate {best['b']}\n")
     assert "same initial weights" in shown.out and "other initial weights" in shown.out
     assert command("diff", "a", "b", "--round", "2", "--replicate", "0", "--json").json["replicates"] == {
         "same_init": None,

@@ -2,7 +2,9 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -20,6 +22,7 @@ from ticketfind.course import Failed, Point
 from ticketfind.devices import Way
 from ticketfind.drawing import Drawing, Settled, Tightening
 from ticketfind.masks import Group, Masks
+from ticketfind.plan import make_plan
 from ticketfind.recipe import Recipe, RecipeError, Train
 from ticketfind.rundir import RunDir
 from ticketfind.scores import SCORES, Score, Seen, scored
@@ -328,6 +331,40 @@ def test_finetuned_masks_are_those_of_plain_pytorch_that_goes_on_under_the_mask_
     assert all(check.passed is not False for check in verify.of_run(RunDir(tmp_path / "tuned")))
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_training_that_is_not_measured_is_the_same_training(
+    way: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    task, how = make_task(), make_train(optimizer="adamw")
+    arms = [Arm(f"a{seed}", task.start(seed), half(), seed, first=5, replicate=seed) for seed in (3, 4)]
+    for every in (7, 2):  # its last look is at its end, or before
+        found = [
+            [outcome for _, outcome in fit(arms, task, how, way=way_of(way), paths=True, watched=watched)]
+            for watched in (Watched(every=every), Watched(every=every, at_end=False))
+        ]
+        for with_numbers, without in zip(*found, strict=True):
+            assert isinstance(with_numbers, Outcome) and isinstance(without, Outcome)
+            assert with_numbers.path is not None and without.path is not None
+            assert [point.iteration for point in with_numbers.points] == [12] and not without.points
+            assert without.numbers is None
+            assert all(torch.equal(without.final[name], value) for name, value in with_numbers.final.items())
+            assert all(torch.equal(without.path[name], value) for name, value in with_numbers.path.items())
+
+
+def test_no_evaluation_is_made_that_nothing_asks_for(
+    make_task: Callable[..., Task],
+    make_recipe: Callable[..., Recipe],
+    run_search: Search,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Of each round there are four, every three of twelve iterations, of each of two replicates, finetuned or not."""
+    made = Mock(wraps=train._measure)
+    monkeypatch.setattr(train, "_measure", made)
+    run_search(make_recipe({"prune.ahead": [3], "prune.finetune": 5}), make_task(), tmp_path / "run")
+    assert made.call_count == 4 * 4 * 2
+
+
 def test_until_fails_measures_between_the_trainings_that_draw_ahead(
     make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
 ) -> None:
@@ -388,6 +425,18 @@ def test_a_search_that_draws_apart_goes_on_to_the_same_bytes(
         ({"prune.finetune": 3}, "prune.finetune: expected with --ahead 2 or more (several masks)"),
         ({"prune.ahead": [1, 1], "prune.finetune": 3}, "prune.finetune: expected with --ahead 2 or more"),
         (
+            {"prune.ahead": [4], "prune.finetune": 3, "prune.rounds": 1},
+            "prune.finetune: expected a training that draws several masks, found none: 1 round with --ahead 4",
+        ),
+        (
+            {"prune.ahead": [1, 1, 3], "prune.finetune": 3, "prune.rounds": 3},
+            "expected a training that draws several masks, found none: 3 rounds with --ahead 1 --ahead 1 --ahead 3",
+        ),
+        (
+            {"prune.ahead": [1, 2], "prune.finetune": 3, "prune.rounds": 9, "prune.scope": "2:4"},
+            "prune.finetune: expected a training that draws several masks, found none: 2 rounds with --ahead 1",
+        ),
+        (
             {"prune.ahead": [3], "prune.finetune": "200%"},
             "prune.finetune: expected 1 to the 12 iterations of a round, found 200% = 24 iterations",
         ),
@@ -417,6 +466,18 @@ def test_contradictions(settings: dict[str, Any], message: str, make_recipe: Cal
     with pytest.raises(RecipeError) as error:
         make_recipe(settings)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("rounds", [*range(1, 8)])
+@pytest.mark.parametrize("ahead", [[2], [4], [1, 2], [1, 1, 3], [3, 1], [4, 3, 2]])
+def test_a_finetuning_is_refused_where_the_plan_has_none(
+    ahead: list[int], rounds: int, make_recipe: Callable[..., Recipe], make_task: Callable[..., Task]
+) -> None:
+    settings = {"prune.ahead": ahead, "prune.rounds": rounds}
+    plan = make_plan(make_recipe(settings), make_task().model)
+    tunes = any(len(plan.draws(round)) > 1 for round in plan.ahead)
+    with nullcontext() if tunes else pytest.raises(RecipeError, match="draws several masks, found none"):
+        make_recipe({**settings, "prune.finetune": 3})
 
 
 # ------------------------------------------------------------------------------------------ what fails
@@ -672,6 +733,47 @@ def test_what_a_failure_spares_is_counted(
     total, _ = watch.begin.call_args.args
     skipped = sum(call.args[0] for call in watch.skip.call_args_list)
     assert total - skipped == sum(call.args[0] for call in watch.tick.call_args_list)
+
+
+@pytest.mark.parametrize("engine", ["eager", "stacked"])
+@pytest.mark.parametrize("replicates", [{1}, {0, 1}])
+@pytest.mark.parametrize(
+    ("settings", "apart", "round"),
+    [
+        ({}, False, 2),
+        ({"prune.every": 4}, True, 1),
+        ({"prune.every": 4}, False, 1),
+        ({"prune.mask_stop": 1.0}, True, 1),
+        ({"prune.ahead": [2]}, False, 2),
+        ({"prune.ahead": [3], "prune.finetune": 3}, True, 1),
+    ],
+)
+def test_what_a_training_that_fails_on_its_way_does_not_come_to_is_counted(
+    settings: dict[str, Any], apart: bool, round: int, replicates: set[int], engine: str,
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, watch: Mock,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Nothing trains from such weights; of arms in step the others go on."""
+
+    def spoiled(arms: Sequence[Arm], *args: Any, **more: Any) -> Any:
+        places = {(round, replicate) for replicate in replicates} if ("watched" in more) == apart else set()
+        huge = [
+            replace(arm, start={name: value * 1e30 for name, value in arm.start.items()})
+            if (arm.round, arm.replicate) in places
+            else arm
+            for arm in arms
+        ]
+        return fit(huge, *args, **more)
+
+    for module in ("drawing", "search"):
+        monkeypatch.setattr(f"ticketfind.{module}.fit", spoiled)
+    recipe = make_recipe({**settings, "run.engine": engine, "run.arms_at_once": 2, "train.eval_every": 2})
+    run_search(recipe, make_task(), tmp_path / "run")
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert {line["replicate"] for line in log if "failed" in line} == replicates
+    total, _ = watch.begin.call_args.args
+    ticked, skipped = (sum(call.args[0] for call in each.call_args_list) for each in (watch.tick, watch.skip))
+    assert total - skipped == ticked
 
 
 @pytest.mark.parametrize(

@@ -447,7 +447,11 @@ def test_a_ticket_that_fails_to_train_is_left_out_and_counted(
     tickets = [make_ticket(task, seed=seed) for seed in range(3)]
     huge = {name: value * 1e30 for name, value in tickets[1].init.items()}
     tickets[1] = dataclasses.replace(tickets[1], init=huge)
-    found = evaluate(tickets, task, make_train(), seeds=[0, 1, 2], way=EAGER, tolerance=1000)
+    ticked, skipped = list[int](), list[int]()
+    found = evaluate(
+        tickets, task, make_train(), seeds=[0, 1, 2], way=EAGER, tolerance=1000, tick=ticked.append, skip=skipped.append
+    )
+    assert sum(ticked) + sum(skipped) == 3 * 4 * 12 and sum(skipped)
     assert {name: stats.replicates for name, stats in found.arms.items()} == {
         "dense": 2, "ticket": 2, "reinit": 3, "random": 2,
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """The hill in the terminal: it fits, it shows the numbers, it rises and falls where they do."""
 
+import dataclasses
 import io
 
 import pytest
@@ -41,6 +42,11 @@ def test_the_line_is_where_the_numbers_are() -> None:
 @pytest.mark.parametrize("given", [HILL[:2], rounds()])
 def test_no_hill_of_two_points(given: list[Round]) -> None:
     assert hillplot.hill(given, 80) == []
+
+
+def test_a_round_without_weights_has_no_place_on_it() -> None:
+    emptied = dataclasses.replace(HILL[-1], round=len(HILL), remaining=0.0)
+    assert hillplot.hill([*HILL, emptied], 80) == hillplot.hill(HILL, 80)
 
 
 def test_a_flat_hill_is_one() -> None:

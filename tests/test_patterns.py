@@ -145,6 +145,44 @@ def test_a_share_left_and_a_pattern_contradict_each_other() -> None:
         asked.resolved(train_size=100, validation=10, device="cpu")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--scope", "2:4", "--prune", "0.5"],
+        ["--scope", "2:4", "--set", "prune.fraction=0.5"],
+        ["two-four.yaml", "--prune", "0.5"],
+        ["--scope", "1:4", "--prune", "*=0.5", "--prune", "fc3.*=0.1"],
+    ],
+)
+def test_shares_given_beside_a_pattern_are_refused(words: list[str], command: Callable[..., Any]) -> None:
+    Path("two-four.yaml").write_text("prune: {scope: 2:4}\n", encoding="utf-8")
+    refused = command("search", *words, "--dry-run")
+    assert refused.code == 2 and not refused.out
+    assert "prune.fraction: expected none beside scope" in refused.err and "0.5" in refused.err
+    assert refused.err.count("error:") == 1
+
+
+def test_shares_of_recipes_beside_a_pattern_are_passed_over(command: Callable[..., Any]) -> None:
+    """Shipped ones silently, a user's with a line; a share of 0 has a say and can be given."""
+    Path("mine.yaml").write_text("prune: {fraction: 0.5}\n", encoding="utf-8")
+    shipped, whole, mine, layerwise = (
+        command("search", *words, "--dry-run", "--json")
+        for words in (
+            ["digits", "--scope", "2:4"],
+            ["--scope", "2:4", "--prune", "*=0.2", "--prune", "fc3.*=0"],
+            ["mine.yaml", "--scope", "2:4"],
+            ["mine.yaml", "--rounds", "2"],
+        )
+    )
+    said = "mine.yaml: prune.fraction has no say beside scope 2:4"
+    assert said in " ".join(mine.err.split())
+    assert all("no say" not in ran.err for ran in (shipped, whole, layerwise))
+    rounds = [[each["remaining"] for each in ran.json["rounds"]] for ran in (shipped, mine, layerwise)]
+    assert rounds[:2] == [[1, 0.75, 0.5]] * 2 and rounds[2][1] == pytest.approx(0.5, abs=1e-3)
+    kept = 64 * 300 + 300 * 100
+    assert whole.json["rounds"][2]["remaining"] == pytest.approx((kept / 2 + 1000) / (kept + 1000))
+
+
 # ---------------------------------------------------------------------------------------- from end to end
 
 

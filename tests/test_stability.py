@@ -283,8 +283,10 @@ def test_a_failed_pair_is_left_out_and_said(make_task: Callable[..., Task], make
     spoiled = {name: torch.full_like(value, 1e30) for name, value in asked.arms[1].start.items()}
     asked = dataclasses.replace(asked, arms=[asked.arms[0], dataclasses.replace(asked.arms[1], start=spoiled)])
     notes: list[str] = []
-    found = stability.find(asked, task, how, note=notes.append)
+    ticked, skipped = list[int](), list[int]()
+    found = stability.find(asked, task, how, note=notes.append, tick=ticked.append, skip=skipped.append)
     assert [len(each.barrier.values) for each in found.rungs] == [1, 1]
+    assert sum(ticked) + sum(skipped) == asked.most(int(how.iterations)) and sum(skipped)
     assert any("replicate 1" in note and "left out" in note for note in notes)
     with pytest.raises(TicketfindError, match="iteration 0: expected a pair"):
         stability.find(dataclasses.replace(asked, arms=asked.arms[1:]), task, how)

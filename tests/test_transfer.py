@@ -83,6 +83,19 @@ def test_against_a_native_ticket(command: Callable[..., Any], tmp_path: Path) ->
     assert contents.nearest_round(RunDir(Path("native")), 0.79) == 1
 
 
+def test_a_round_without_weights_is_nearest_to_no_weights_alone(command: Callable[..., Any]) -> None:
+    words = [*SEARCH, "--prune", "0.999", "--set", "prune.allow_collapse=true", "--tolerance", "100"]
+    assert command(*words, "--out", "emptied").code == 0
+    run = RunDir(Path("emptied"))
+    assert [round.remaining for round in contents.finished_rounds(run)][2] == 0
+    assert [contents.nearest_round(run, remaining) for remaining in (0.8, 1e-6, 0.0)] == [1, 1, 2]
+    asked = ["--round", "2", "--trials", "1", "--json", "--against", "emptied"]
+    found = command("eval", "emptied", *asked).json
+    assert found["against"] == found["remaining"] == 0
+    assert len([*Path("emptied/evals").iterdir()]) == 1
+    assert command("report", "emptied", "-q").code == 0
+
+
 def test_data_of_as_many_classes_change_nothing(
     command: Callable[..., Any], trained_arms: dict[str, Arm], tmp_path: Path
 ) -> None:

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ticketfind.results import Spread, Stats
@@ -68,8 +68,22 @@ def _above(to_ticket: "Comparison | None") -> str:
     return f"{above} [{', '.join(bounds)}]" if bounds else above
 
 
-def show_difference(screen: Screen, found: "Difference", between: "Between | None") -> None:
-    """`diff`; between: of two runs, their replicates pair by pair."""
+@dataclass(frozen=True)
+class Side:
+    """One of the two tickets of `diff`: the file or run that was named, and which ticket that is."""
+
+    path: str
+    round: int
+    replicate: int
+
+    def __str__(self) -> str:
+        return f"{self.path}, round {self.round}, replicate {self.replicate}"
+
+
+def show_difference(screen: Screen, found: "Difference", between: "Between | None", sides: Mapping[str, Side]) -> None:
+    """`diff`; between: of two runs, their replicates pair by pair. sides: `a` and `b`."""
+    for name, side in sides.items():
+        screen.message(f"{name.upper()}: {side}")
     tensors = sorted(found.tensors.items(), key=natural)
     rows = [_overlap_row(name, overlap) for name, overlap in [*tensors, ("total", found.total)]]
     screen.print(table(("", "size", "in A", "in B", "in both", "Jaccard", "by chance", "agreement"), rows))
@@ -91,6 +105,7 @@ def show_difference(screen: Screen, found: "Difference", between: "Between | Non
     screen.result(
         f"{'the masks are the same' if found.same_masks else shared}; {init}",
         {
+            **{name: asdict(side) for name, side in sides.items()},
             "same_masks": found.same_masks,
             "same_init": found.same_init,
             "total": _overlap_json(found.total),

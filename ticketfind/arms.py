@@ -101,6 +101,8 @@ class Watched:
     """Whether it may end; arms in step end together."""
     tighter: "Callable[[Arm, Look], Masks] | None" = None
     """The masks that it goes on with; paths begin anew."""
+    at_end: bool = True
+    """Whether it is measured at its end."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,20 @@ class Outcome:
     """Weights and buffers after the last iteration."""
     kept: State | None
     """Those at the iteration that `fit` was told to keep."""
-    measured: Measured
+    numbers: Measured | None
+    """How good it is; None where that was not asked."""
     test_size: int | None
     """Examples in the test set, where they are known."""
     path: State | None = None
     """By trained parameter the sum of |w_t - w_(t-1)|, where that was asked for."""
     masks: Masks | None = None
     """Those that it has gone on with on the way, on the CPU; None where they have stayed."""
+
+    @property
+    def measured(self) -> Measured:
+        """The numbers of a training that was measured."""
+        assert self.numbers is not None
+        return self.numbers
 
 
 def measured(points: Sequence[Point]) -> Measured:

@@ -132,9 +132,10 @@ def _line(name: str, x: Sequence[float], spreads: Sequence[Spread], factor: floa
 
 
 def _against_weights(rounds: Sequence[Round], found: Sequence[Evaluated], key: str, title: str, factor: float) -> Panel:
-    lines = [_line("ticket", [100 * r.remaining for r in rounds], [getattr(r.stats, key) for r in rounds], factor)]
+    kept = [r for r in rounds if r.remaining]  # no weights at all have no place on a logarithmic axis
+    lines = [_line("ticket", [100 * r.remaining for r in kept], [getattr(r.stats, key) for r in kept], factor)]
     for name in CONTROLS:
-        there = [e for e in found if name in e.arms]
+        there = [e for e in found if name in e.arms and e.remaining]
         if there:
             spreads = [getattr(e.arms[name], key) for e in there]
             lines.append(_line(name, [100 * e.remaining for e in there], spreads, factor, as_points=True))

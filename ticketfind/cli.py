@@ -66,7 +66,10 @@ def search(
 
     base = layers.base_layers(recipe, settings.get("model.spec"), settings.get("data.spec"))
     asked = layers.from_layers(*base, layers.nested(settings))
-    _search(asked, out, dry_run, Screen(as_json=as_json, quiet=quiet))
+    screen = Screen(as_json=as_json, quiet=quiet)
+    if note := layers.without_effect(recipe, base[0], asked):
+        screen.message(note)
+    _search(asked, out, dry_run, screen)
 
 
 def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") -> None:
@@ -199,7 +202,9 @@ def diff(
         if exit_code:
             _fail(error, 2)
         raise
-    answers.show_difference(screen, found, between)
+    taken = {"a": (a, one.about), "b": (b, other.about)}
+    sides = {name: answers.Side(str(path), about.round, about.replicate) for name, (path, about) in taken.items()}
+    answers.show_difference(screen, found, between, sides)
     if exit_code and not found.is_none:
         raise typer.Exit(1)
 

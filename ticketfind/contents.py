@@ -121,4 +121,9 @@ def nearest_round(run: RunDir, remaining: float) -> int:
     rounds = finished_rounds(run)
     if len(rounds) < 2:
         return chosen(run, None).round
-    return min(rounds[1:], key=lambda found: abs(math.log(found.remaining / remaining))).round
+    return min(rounds[1:], key=lambda found: _ratio(found.remaining, remaining)).round
+
+
+def _ratio(a: float, b: float) -> float:
+    """How far two fractions are apart, by the logarithm of their ratio; nothing is as far from something as can be."""
+    return abs(math.log(a / b)) if a and b else 0.0 if a == b else math.inf

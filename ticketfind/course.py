@@ -32,6 +32,8 @@ class Failed:
 
     iteration: int
     reason: str
+    left: int = 0
+    """Iterations that it was to have and did not come to; 0 where others in step with it have gone on."""
 
 
 @dataclass(frozen=True)

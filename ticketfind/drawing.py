@@ -92,6 +92,7 @@ class Drawing:
         *,
         way: Way,
         tick: Tick,
+        skip: Tick,
         note: Note,
     ) -> Generator[tuple[Arm, Outcome | Failed], None, None]:
         """Train `arms` for their next masks alone, each with its outcome.
@@ -107,8 +108,9 @@ class Drawing:
             settled = Settled(self, initial, settings.mask_stop)
             watched = Watched(every=int(self.how.eval_every), enough=settled)
         return fit(
-            arms, self.task, self.how, way=way, tick=tick, note=note, paths=self.score.needs_path, watched=watched
-        )
+            arms, self.task, self.how, way=way, tick=tick, skip=skip, note=note, paths=self.score.needs_path,
+            watched=watched,
+        )  # fmt: skip
 
 
 def _here(found: Masks, device: torch.device | str) -> Masks:

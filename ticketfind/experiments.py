@@ -120,12 +120,13 @@ def evaluate(
     groups: Sequence[masks.Group] = (),
     tolerance: float | None = None,
     tick: Tick = lambda n: None,
+    skip: Tick = lambda n: None,
     folder: Path | None = None,
 ) -> Evaluation:
     """Train the tickets, the dense network, noisy twins and controls, in one `fit`; compare.
 
     first_seed: of the first trial; the others follow. groups: what is ranked together, for masks drawn anew.
-    folder: for the files of an outside program that trains.
+    tick, skip, folder: as `train.fit` has them.
     Raises TicketfindError where the ticket does not fit the task's model.
     """
     design, new, notes = _onto(design, task)
@@ -150,7 +151,9 @@ def evaluate(
     test_size, lost = None, 0
     if design.weight_noise and task.data is None:
         notes.append("weight noise is left out: only the program that trains can measure")
-    trainings = fit([arm for _, arm, _ in arms], task, how, way=way, tick=tick, note=notes.append, folder=folder)
+    trainings = fit(
+        [arm for _, arm, _ in arms], task, how, way=way, tick=tick, skip=skip, note=notes.append, folder=folder
+    )
     with closing(trainings) as outcomes:
         for (kind, _, case), (arm, outcome) in zip(arms, outcomes, strict=True):
             if isinstance(outcome, Failed):

@@ -17,7 +17,9 @@ def hill(rounds: Sequence[Round], width: int) -> list[str]:
     """Lines no wider than `width`: mean accuracy at early stop of every round, the dense network's as a level.
 
     The x axis is logarithmic, 100 % on the left. Nothing for fewer than three rounds, or narrower than 26 columns.
+    A round without weights has no place on it.
     """
+    rounds = [r for r in rounds if r.remaining]
     columns = min(width, 76) - 9
     if len(rounds) < 3 or columns < 17:
         return []

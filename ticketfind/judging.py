@@ -85,6 +85,7 @@ def evaluate(
             groups=masks.make_groups([*tickets[0].masks], resolved.prune.fraction, resolved.prune.scope),
             tolerance=resolved.run.tolerance,
             tick=progress.tick,
+            skip=progress.skip,
             folder=Path(folder),
         )
     if which is not None:

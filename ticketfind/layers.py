@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ticketfind import TicketfindError
+from ticketfind import TicketfindError, contradictions
 from ticketfind.limits import fault_of, short, shown
 from ticketfind.recipe import SECTIONS, Recipe, RecipeError
 from ticketfind.specs import suggest
@@ -30,12 +30,14 @@ _MOST_FAULTS = 50
 def from_layers(*layers: Layer, where: str = "recipe") -> Recipe:
     """The recipe that `layers` give, the later over the earlier, the rest by rule.
 
-    A mapping value (args, fraction) replaces the earlier one whole. Raises RecipeError with every fault.
+    A mapping value (args, fraction) replaces the earlier one whole. Raises RecipeError with every fault. The first
+    layer may name what a later one leaves without effect; what the later ones name is meant to have one.
     """
     faults: list[str] = []
+    meant: set[str] = set()
     merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     name = "recipe"
-    for layer in layers:
+    for number, layer in enumerate(layers):
         if not isinstance(layer, Mapping):
             raise RecipeError(f"{where}: expected a mapping of sections ({', '.join(SECTIONS)})")
         if fault := fault_of(layer):
@@ -54,9 +56,15 @@ def from_layers(*layers: Layer, where: str = "recipe") -> Recipe:
                 faults.append(f"{section}: expected a mapping, found {shown(keys)}")
             else:
                 merged[section].update(keys)
+                meant.update(f"{section}.{key}" for key in keys if number)
     if merged["train"].get("trainer") or merged["train"].get("command"):
         merged["data"].setdefault("spec", None)  # they read their own data
     parts = {section: _read_section(section, merged[section], faults) for section in SECTIONS}
+    if not faults and "prune.fraction" in meant and contradictions.passes_over_fraction(parts["prune"]):
+        faults.append(
+            f"prune.fraction: expected none beside scope {parts['prune'].scope}, which says how many weights go in a"
+            f" round, found {shown(merged['prune']['fraction'])}; leave it out (--skip GLOB leaves layers whole)"
+        )
     if faults:
         more = [f"and {len(faults) - _MOST_FAULTS} more"] if len(faults) > _MOST_FAULTS else []
         told = [*faults[:_MOST_FAULTS], *more]
@@ -186,6 +194,18 @@ def base_layers(recipe: str | None, model: str | None, data: str | None) -> list
         return [find_layer(model)]
     parts = [re.sub(r"[^\w.+-]+", "-", Path(spec.rpartition("/")[2] or spec).name) for spec in (model, data) if spec]
     return [{"name": "-".join(parts).strip("-.") or "search"}]
+
+
+def without_effect(file: str | None, layer: Layer, asked: Recipe) -> str | None:
+    """What a recipe file of the user's, read as `layer`, names to no effect in what is asked; for a message.
+
+    It is no fault: a recipe that ticketfind has written names every key.
+    """
+    named = file is not None and file not in shipped() and "fraction" in layer.get("prune", {})
+    if not named or not contradictions.passes_over_fraction(asked.prune):
+        return None
+    scope = asked.prune.scope
+    return f"{file}: prune.fraction has no say beside scope {scope}, which says how many weights go in a round"
 
 
 def nested(settings: Mapping[str, Any]) -> Layer:

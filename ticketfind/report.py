@@ -131,7 +131,7 @@ def _read(file: Path) -> tuple[float, dict[str, Stats], str]:
         raise TicketfindError(f"{file}: expected the JSON object of an evaluation, found something else") from error
     given = given if isinstance(given, dict) else {}
     remaining, arms, verdict = given.get("remaining"), given.get("arms"), given.get("verdict")
-    if not results.is_finite(remaining) or not 0 < remaining <= 1:
+    if not results.is_finite(remaining) or not 0 <= remaining <= 1:
         raise TicketfindError(f"{file}: remaining: expected a fraction, found {str(remaining)[:40]!r}")
     if not isinstance(arms, dict) or not isinstance(verdict, str):
         raise TicketfindError(f"{file}: expected arms (an object) and a verdict (a text)")

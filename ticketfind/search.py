@@ -119,7 +119,7 @@ class _Job:
         arms = [self.arm(round, replicate, for_mask=True) for replicate in todo]
         trainings = self.drawing.trainings(
             arms, self.keeper.initial, self.recipe.prune, way=Way.of(self.recipe.run), tick=self.watch.tick,
-            note=self.watch.note,
+            skip=self.watch.skip, note=self.watch.note,
         )  # fmt: skip
         with closing(self.for_masks(round + 1, todo, over, trainings)) as drawn:
             for replicate, arm, outcome in drawn:
@@ -137,8 +137,8 @@ class _Job:
             over, todo = self.tuned_over(number, now), self.untuned(number, now)
             trainings = fit(
                 [self.going_on(number - 1, replicate) for replicate in todo], self.task, self.recipe.train,
-                way=Way.of(self.recipe.run), tick=self.watch.tick, note=self.watch.note,
-                paths=self.drawing.score.needs_path, watched=Watched(every=self.plan.finetune),
+                way=Way.of(self.recipe.run), tick=self.watch.tick, skip=self.watch.skip, note=self.watch.note,
+                paths=self.drawing.score.needs_path, watched=Watched(every=self.plan.finetune, at_end=False),
             )  # fmt: skip
             with closing(self.for_masks(number, todo, over, trainings)) as tuned:
                 for replicate, arm, outcome in tuned:
@@ -276,6 +276,7 @@ class _Job:
             way=Way.of(self.recipe.run),
             keep_at=self.plan.rewind if round == 0 else None,
             tick=self.watch.tick,
+            skip=self.watch.skip,
             note=self.watch.note,
             folder=self.run.arms_folder,
             snapshots=self.snapshots,

@@ -11,7 +11,7 @@ network's accuracy exactly when they are stable (its section 4): so k is an iter
 
 import copy
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -282,7 +282,7 @@ def find(
     *,
     way: Way = EAGER,
     tick: Tick = lambda n: None,
-    skip: Callable[[int], None] = lambda n: None,
+    skip: Tick = lambda n: None,
     note: Note = lambda text: None,
 ) -> Stability:
     """Measure the barrier at rungs of the ladder: all of them, or as a bisection goes.
@@ -301,7 +301,7 @@ def find(
     def measure(k: int) -> None:
         nonlocal used
         used += question.iterations(k, total)
-        lines = [*_lines(question, k, task, how, way, tick, note)]
+        lines = [*_lines(question, k, task, how, way, tick, skip, note)]
         rungs[k] = Rung.of(k, lines, threshold)
 
     if question.bisected:
@@ -318,16 +318,16 @@ def find(
 
 
 def _lines(
-    question: Question, k: int, task: Task, how: Train, way: Way, tick: Tick, note: Note
+    question: Question, k: int, task: Task, how: Train, way: Way, tick: Tick, skip: Tick, note: Note
 ) -> Iterator[list[float]]:
     """The errors on the line between the two trainings of each pair that share their first k iterations."""
     pairs = [
         replace(arm, name=f"{arm.name}, {side} from {k}", start=start, seed=derived_seed(arm.seed, side), first=k)
-        for arm, start in _beginnings(question, k, task, how, way, tick, note)
+        for arm, start in _beginnings(question, k, task, how, way, tick, skip, note)
         for side in ("one", "other")
     ]
     ends: list[State | None] = []
-    with closing(fit(pairs, task, how, way=way, tick=tick, note=note)) as outcomes:
+    with closing(fit(pairs, task, how, way=way, tick=tick, skip=skip, note=note)) as outcomes:
         for arm, outcome in outcomes:
             if isinstance(outcome, Failed):
                 note(f"{arm.name}: {outcome.reason}; the pair is left out")
@@ -342,15 +342,17 @@ def _lines(
 
 
 def _beginnings(
-    question: Question, k: int, task: Task, how: Train, way: Way, tick: Tick, note: Note
+    question: Question, k: int, task: Task, how: Train, way: Way, tick: Tick, skip: Tick, note: Note
 ) -> Iterator[tuple[Arm, State]]:
     """Each arm with its weights and buffers after k iterations of the dense (or sparse) training."""
     if k == question.first:
         yield from ((arm, arm.start) for arm in question.arms)
         return
-    with closing(fit(question.arms, task, how, way=way, until=k, tick=tick, note=note)) as outcomes:
+    trainings = fit(question.arms, task, how, way=way, until=k, tick=tick, skip=skip, note=note)
+    with closing(trainings) as outcomes:
         for arm, outcome in outcomes:
             if isinstance(outcome, Failed):
                 note(f"{arm.name}: {outcome.reason}; the pair is left out")
+                skip(2 * (int(how.iterations) - k))
             else:
                 yield arm, outcome.final

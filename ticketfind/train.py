@@ -1,5 +1,6 @@
 """Training arms and measuring them: schedule of evaluations, early stop, metrics. Knows no rounds and no disk."""
 
+import dataclasses
 import itertools
 import math
 import time
@@ -33,6 +34,7 @@ def fit(
     keep_at: int | None = None,
     until: int | None = None,
     tick: Tick = lambda n: None,
+    skip: Tick = lambda n: None,
     note: Note = lambda text: None,
     folder: Path | None = None,
     snapshots: Snapshots | None = None,
@@ -43,10 +45,11 @@ def fit(
 
     way: how the arms share the device; the numbers do not depend on it beyond rounding. keep_at: iteration whose
     weights are kept in the outcome. until: iteration to end after; what is trained is the beginning of the whole. tick:
-    told of the iterations done; may raise, to end it all. note: told what the user should know. folder: for the files
+    told of the iterations done; may raise, to end it all. skip: told of those that trainings that fail do not come to.
+    note: told what the user should know. folder: for the files
     of an outside program that trains. snapshots: trainings go on from them, and are kept in them, at the latest when
     `tick` raises. paths: outcomes tell how far each weight has gone. watched: for the masks that are drawn; such
-    trainings are measured at their end only, and are not kept in snapshots.
+    trainings are measured at their end only, if at all, and are not kept in snapshots.
     Raises TicketfindError, naming the arm, where the training fails; numbers that are no longer finite end one arm.
     """
     together = [*_together(arms, way.in_step)]
@@ -59,7 +62,10 @@ def fit(
             return _train(task, together[index], work, way, note)
 
     outcomes = itertools.chain.from_iterable(engine.each(way, len(together), train, tick))
-    yield from zip(arms, outcomes, strict=True)
+    for arm, outcome in zip(arms, outcomes, strict=True):
+        if isinstance(outcome, Failed):
+            skip(outcome.left)
+        yield arm, outcome
 
 
 def check_memory(task: Task, how: Train, way: Way, arms: int) -> None:
@@ -105,7 +111,7 @@ def judge(
             course = Course.new(int(how.iterations), began)
             course.kept = [arm.start]
             _measure(training, task, how, course, lambda: None)
-            (outcome,) = _outcomes(training, task, course, how)
+            (outcome,) = _outcomes(training, task, course, how, end=course.at)
         yield arm, outcome
 
 
@@ -117,8 +123,10 @@ def _train(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) ->
     """Train arms that begin at the same iteration."""
     how, keep_at, first, watched = work.how, work.keep_at, arms[0].first, work.watched
     last, every = int(how.iterations) if work.until is None else work.until, int(how.eval_every)
+    end = last
     looked_at = set() if watched is None else {*range(first + watched.every, last + 1, watched.every)}
-    measured_at = {stop for stop in (*(() if watched else range(every, last, every)), last) if stop > first}
+    stops = (*range(every, last, every), last) if watched is None else (last,) * watched.at_end
+    measured_at = {stop for stop in stops if stop > first}
     kept_at = {keep_at} if keep_at is not None and keep_at >= first else set()
     with _own_draws(task), devices.arithmetic(way, task.device, task.model):
         training, course = _begun(task, arms, work, way, note)
@@ -137,7 +145,7 @@ def _train(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) ->
                 work.snapshots.offer(arms, take)
 
         count, tightened = 1, list[Masks]()
-        for stop in sorted(measured_at | kept_at | looked_at):
+        for stop in sorted(measured_at | kept_at | looked_at | {last}):
             while course.at < stop and not course.is_over:
                 count = min(count, stop - course.at)
                 began = time.monotonic()
@@ -171,7 +179,7 @@ def _train(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) ->
                 break
         if work.snapshots is not None:
             work.snapshots.settle()
-        return _outcomes(training, task, course, how, paths=work.paths, tightened=tightened)
+        return _outcomes(training, task, course, how, end=end, paths=work.paths, tightened=tightened)
 
 
 def _looks(training: Lockstep, at: int, *, paths: bool) -> list[Look]:
@@ -286,24 +294,27 @@ def _outcomes(
     course: Course,
     how: Train,
     *,
+    end: int,
     paths: bool = False,
     tightened: Sequence[Masks] = (),
 ) -> list[Outcome | Failed]:
-    """What has come of each arm, at its end."""
+    """What has come of each arm; `end` is where it was to end."""
     found: list[Outcome | Failed] = []
     gone = training.paths() if paths else []
     finals = training.states()
     _note_weights(course, finals, task, how)
     for arm, final in enumerate(finals):
         kept, points = course.kept[arm] if course.kept else None, course.points[arm]
+        failed = course.failed[arm]
         found.append(
-            course.failed[arm]
-            or Outcome(
+            dataclasses.replace(failed, left=end - course.at)
+            if failed
+            else Outcome(
                 course.began[arm],
                 tuple(points),
                 final,
                 kept,
-                measured(points),
+                measured(points) if points else None,
                 _test_size(task),
                 gone[arm] if paths else None,
                 {name: mask.cpu() for name, mask in tightened[arm].items()} if tightened else None,
