@@ -6,9 +6,10 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from ticketfind import TicketfindError, charts, figures, movement, report, results
+from ticketfind import TicketfindError, charts, figures, intervals, movement, report, results
 from ticketfind.arms import Task
+from ticketfind.claims import Evaluated
 from ticketfind.recipe import Recipe
 from ticketfind.results import Round
 from ticketfind.rundir import RunDir
@@ -68,9 +70,18 @@ def stats(*early: float, stop: float = 9) -> dict[str, Any]:
     }
 
 
-def evaluation(remaining: float, **arms: dict[str, Any]) -> str:
+def attacked(**levels: dict[str, tuple[float, ...]]) -> dict[str, Any]:
+    """By attack, the accuracies of each arm."""
+    return {
+        name: {"arms": {arm: {"values": values} for arm, values in arms.items()}, "comparisons": []}
+        for name, arms in levels.items()
+    }
+
+
+def evaluation(remaining: float, more: Mapping[str, Any] = MappingProxyType({}), **arms: dict[str, Any]) -> str:
     verdict = "winning: a <b>bold</b> word"
-    return json.dumps({"ticket": "runs/x", "remaining": remaining, "arms": arms, "verdict": verdict, "notes": []})
+    found = {"ticket": "runs/x", "remaining": remaining, "arms": arms, "verdict": verdict, "notes": [], **more}
+    return json.dumps(found)
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +194,46 @@ def test_the_figures_that_there_are_numbers_for(shown: report.Written) -> None:
         assert head == b"\x89PNG\r\n\x1a\n" if path.suffix == ".png" else head.startswith(b"<svg")
     page = shown.page.read_text(encoding="utf-8")
     assert page.count("<figure") == len(names)
+
+
+ATTACKED = attacked(
+    **{
+        "clean": {"ticket": (0.7, 0.72), "dense": (0.6, 0.64), "reinit": (0.5, 0.5)},
+        "fgsm:0.1": {"ticket": (0.4, 0.5), "dense": (0.3, 0.36)},
+        "fgsm:0.05": {"ticket": (0.6, 0.61), "dense": (0.5, 0.51)},
+        "pgd:0.1": {"ticket": (0.2, 0.98), "dense": (0.1, 0.12)},
+    }
+)
+
+
+def test_accuracy_under_attack_is_drawn_and_told(run: RunDir) -> None:
+    arms = {"dense": stats(0.7, 0.72), "ticket": stats(0.71, 0.73)}
+    for file, more in (("03-20260102T000000", {"attacks": ATTACKED}), ("03-20260103T000000", {"attacks": {}})):
+        (run.evals_folder / f"{file}.json").write_text(evaluation(0.343, more, **arms))
+    written = report.write(run)
+    drawn = {path.stem: path.read_text(encoding="utf-8") for path in written.figures if path.suffix == ".svg"}
+    ticket, dense = points(drawn["fgsm"], "line-0-ticket"), points(drawn["fgsm"], "line-0-dense")
+    assert "line-0-reinit" not in drawn["fgsm"]  # it was not attacked so
+    for axis, values in enumerate(([0, 0.05, 0.1, 0, 0.05, 0.1], [0.71, 0.605, 0.45, 0.62, 0.505, 0.33])):
+        at = np.concatenate([ticket, dense])[:, axis]
+        slope, start = np.polyfit(values, at, 1)
+        assert np.abs(slope * np.array(values) + start - at).max() < 0.01
+    assert len(points(drawn["pgd"], "line-0-ticket")) == 2
+
+    table = Page(written.page.read_text(encoding="utf-8")).tables["attacks-3"]
+    assert table[0] == ["", "ticket", "dense", "reinit"]
+    assert [row[0] for row in table[1:]] == [*ATTACKED]
+    assert table[2] == ["fgsm:0.1", "45.00 ± 7.07", "33.00 ± 4.24", ""]
+
+
+def test_bands_of_accuracy_end_at_a_hundred_percent_and_at_none() -> None:
+    spread = results.Spread.of([0.2, 0.98])
+    bounds = intervals.of_mean(spread.values)
+    assert bounds is not None and bounds.low < 0 and bounds.high > 1
+    at = Evaluated(1, 0.5, {}, {"clean": {"ticket": spread}, "pgd:1": {"ticket": spread}})
+    ((panel,),) = [chart.panels for chart in charts._under_attack([at], "")]
+    (line,) = [figures._within(line, panel.limits) for line in panel.lines]
+    assert (line.low, line.high) == ([0.0, 0.0], [100.0, 100.0])
 
 
 def test_the_same_run_gives_the_same_report(shown: report.Written, searched: Path) -> None:
@@ -323,6 +374,9 @@ def test_a_run_without_a_finished_round(run: RunDir) -> None:
         ("03-x.json", evaluation(0.5, ticket=stats(0.5, 0.6) | {"early_stop": {"values": [1]}}), "as many values"),
         ("03-x.json", evaluation(0.5, ticket=stats(0.5, 1e15)), "accuracy_early.values"),
         ("best.json", evaluation(0.5, ticket=stats(0.5, 0.6)), "NN-TIME.json"),
+        ("03-x.json", evaluation(0.5, {"attacks": []}, ticket=stats(0.5, 0.6)), "attacks: expected an object"),
+        ("03-x.json", evaluation(0.5, {"attacks": {"clean": {"arms": 3}}}, ticket=stats(0.5, 0.6)), "each with arms"),
+        ("03-x.json", evaluation(0.5, {"attacks": attacked(clean={"ticket": ()})}, ticket=stats(0.5, 0.6)), "ticket.values"),
     ],
 )  # fmt: skip
 def test_a_bad_evaluation_is_one_line(run: RunDir, name: str, text: str, expected: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ticketfind import TicketfindError, intervals, results
 from ticketfind.claims import Evaluated
-from ticketfind.figures import COLORS, SERIES, Chart, Line, Panel
+from ticketfind.figures import COLORS, SERIES, Chart, Limits, Line, Panel
 from ticketfind.movement import Movement
 from ticketfind.recipe import Recipe
 from ticketfind.results import Round, Spread
@@ -16,6 +16,9 @@ CONTROLS = ("reinit", "random", "one-shot", "init-magnitude")
 
 MOST_LAYERS, MOST_NAMES = 12, 10
 """Shown in a figure; named beside its lines."""
+
+_SHARE: Limits = (0.0, 100.0)
+"""Percent."""
 
 
 def curves(log: Iterable[Mapping[str, Any]], round: int) -> list[tuple[list[int], list[float]]]:
@@ -44,6 +47,7 @@ def of_run(
     spread = _over(rounds)
     measure = "test accuracy" if recipe.train.metric is None else f"test metric ({_printable(recipe.train.metric)})"
     capital = f"T{measure[1:]}"
+    limits = _SHARE if recipe.train.metric is None else None
     yield Chart(
         "hill",
         "Accuracy against weights remaining",
@@ -51,8 +55,8 @@ def of_run(
         f" network (dashed). {spread} Where a line leaves the picture, its last value stands at its end.",
         "weights remaining",
         [
-            _against_weights(rounds, found, "accuracy_early", f"{measure} at early stop, %", 100),
-            _against_weights(rounds, found, "accuracy_end", f"{measure} at the end, %", 100),
+            _against_weights(rounds, found, "accuracy_early", f"{measure} at early stop, %", 100, limits),
+            _against_weights(rounds, found, "accuracy_end", f"{measure} at the end, %", 100, limits),
         ],
         by_weights=True,
     )
@@ -61,7 +65,7 @@ def of_run(
         "How soon training stops",
         f"Iteration of the lowest validation loss; lower is faster. {spread}",
         "weights remaining",
-        [_against_weights(rounds, found, "early_stop", "early-stop iteration", 1)],
+        [_against_weights(rounds, found, "early_stop", "early-stop iteration", 1, None)],
         by_weights=True,
     )
     last = len(rounds) - 1
@@ -73,7 +77,7 @@ def of_run(
             "Learning curves",
             f"{capital} while training, at some shares of the weights. {spread}",
             "iteration",
-            [Panel(learning, f"{measure}, %")],
+            [Panel(learning, f"{measure}, %", limits=limits)],
         )
     if layers := _layers(rounds, log):
         yield Chart(
@@ -85,13 +89,13 @@ def of_run(
             by_weights=True,
         )
     for prefix, title, caption in _NOISE:
-        levels = [(e, _levels(e, prefix)) for e in found]
+        levels = [(e, _levels(e.arms, prefix)) for e in found]
         at, most = max(levels, key=lambda pair: (len(pair[1]), pair[0].round == chosen.round), default=(None, []))
         if at is not None and most:
             where = f"At {_share(at.remaining)} of the weights. {spread}"
             keys = (
-                ("accuracy_early", f"{measure} at early stop, %", 100),
-                ("early_stop", "early-stop iteration", 1),
+                ("accuracy_early", f"{measure} at early stop, %", 100, limits),
+                ("early_stop", "early-stop iteration", 1, None),
             )
             yield Chart(
                 prefix.rstrip("="),
@@ -100,6 +104,7 @@ def of_run(
                 "noise, in standard deviations",
                 [_against_noise(at, prefix, *key) for key in (keys if prefix == "noise=" else keys[:1])],
             )
+    yield from _under_attack(found, spread)
     yield from _distributions(weights, chosen, recipe)
 
 
@@ -131,7 +136,9 @@ def _line(name: str, x: Sequence[float], spreads: Sequence[Spread], factor: floa
     return Line(name, color, x, [factor * s.mean for s in spreads], low, high, **more)
 
 
-def _against_weights(rounds: Sequence[Round], found: Sequence[Evaluated], key: str, title: str, factor: float) -> Panel:
+def _against_weights(
+    rounds: Sequence[Round], found: Sequence[Evaluated], key: str, title: str, factor: float, limits: Limits
+) -> Panel:
     kept = [r for r in rounds if r.remaining]  # no weights at all have no place on a logarithmic axis
     lines = [_line("ticket", [100 * r.remaining for r in kept], [getattr(r.stats, key) for r in kept], factor)]
     for name in CONTROLS:
@@ -140,7 +147,8 @@ def _against_weights(rounds: Sequence[Round], found: Sequence[Evaluated], key: s
             spreads = [getattr(e.arms[name], key) for e in there]
             lines.append(_line(name, [100 * e.remaining for e in there], spreads, factor, as_points=True))
     level = factor * getattr(rounds[0].stats, key).mean
-    return Panel(lines, title, level=level, floor=None if key == "early_stop" else _floor(lines[0], level))
+    floor = None if key == "early_stop" else _floor(lines[0], level)
+    return Panel(lines, title, level=level, floor=floor, limits=limits)
 
 
 def _floor(ticket: Line, level: float) -> float:
@@ -189,19 +197,19 @@ def _alive(kept: Sequence[Mapping[str, int]], name: str) -> int:
     return sum(counts[name] > 0 for counts in kept)
 
 
-def _levels(at: Evaluated, prefix: str) -> list[tuple[float, str]]:
-    """Levels of noise and the arms that have them, ascending."""
+def _levels(names: Iterable[str], prefix: str) -> list[tuple[float, str]]:
+    """Levels of noise, or of an attack, and the names that have them, ascending."""
     found = []
-    for name in at.arms:
+    for name in names:
         if re.fullmatch(re.escape(prefix) + r"\d{1,9}(\.\d{1,9})?(e[+-]?\d{1,2})?", name):
             found.append((float(name.removeprefix(prefix)), name))
     return sorted(found)
 
 
-def _against_noise(at: Evaluated, prefix: str, key: str, title: str, factor: float) -> Panel:
+def _against_noise(at: Evaluated, prefix: str, key: str, title: str, factor: float, limits: Limits) -> Panel:
     lines = []
     for base, before in (("ticket", ""), ("dense", "dense ")):
-        levels = _levels(at, before + prefix)
+        levels = _levels(at.arms, before + prefix)
         if levels and base in at.arms:
             arms = [at.arms[base], *(at.arms[name] for _, name in levels)]
             spreads = [getattr(arm, key) for arm in arms]
@@ -212,7 +220,32 @@ def _against_noise(at: Evaluated, prefix: str, key: str, title: str, factor: flo
         lines.append(_line("reinit", [0.0, last], [spread, spread], factor, as_points=True))
     has_dense = any(line.name == "dense" for line in lines)
     level = None if has_dense or "dense" not in at.arms else factor * getattr(at.arms["dense"], key).mean
-    return Panel(lines, title, level=level)
+    return Panel(lines, title, level=level, limits=limits)
+
+
+_ATTACKS = {"fgsm": "one step along the gradient's sign (FGSM)", "pgd": "projected gradient descent (PGD)"}
+
+
+def _under_attack(found: Sequence[Evaluated], spread: str) -> Iterable[Chart]:
+    """A chart of each kind of attack, a panel of each round that was attacked so."""
+    for kind, how in _ATTACKS.items():
+        if panels := [_against_epsilon(at, levels) for at in found if (levels := _levels(at.attacks, f"{kind}:"))]:
+            yield Chart(
+                kind,
+                f"Accuracy under attack: {how}",
+                "Of test examples changed by at most epsilon in each input so as to mislead the trained network;"
+                f" 0 is the same examples unchanged. {spread}",
+                "epsilon",
+                panels,
+            )
+
+
+def _against_epsilon(at: Evaluated, levels: Sequence[tuple[float, str]]) -> Panel:
+    under = [*([(0.0, "clean")] if "clean" in at.attacks and levels[0][0] > 0 else []), *levels]
+    names = [name for name in COLORS if all(name in at.attacks[attack] for _, attack in under)]
+    x = [epsilon for epsilon, _ in under]
+    lines = [_line(name, x, [at.attacks[attack][name] for _, attack in under], 100) for name in names]
+    return Panel(lines, f"accuracy at the end, %, at {_share(at.remaining)} of the weights", limits=_SHARE)
 
 
 def _distributions(weights: Movement, chosen: Round, recipe: Recipe) -> Iterable[Chart]:

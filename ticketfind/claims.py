@@ -7,7 +7,7 @@ tested.
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ticketfind import intervals
 from ticketfind.intervals import Interval
@@ -51,6 +51,8 @@ class Evaluated:
     remaining: float
     """Weights remaining, a fraction."""
     arms: Mapping[str, Stats]
+    attacks: Mapping[str, Mapping[str, Spread]] = field(default_factory=dict)
+    """Accuracy at the end by attack (`clean` without one) and arm, all of one evaluation."""
 
 
 @dataclass(frozen=True)

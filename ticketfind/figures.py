@@ -8,7 +8,7 @@ import io
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ticketfind import TicketfindError
@@ -47,6 +47,10 @@ DARK_RULES = "@media (prefers-color-scheme: dark) {{\n{}\n}}".format(
 )
 
 
+Limits = tuple[float, float] | None
+"""Between which y lies, whatever an interval says: bands and bars end there."""
+
+
 @dataclass(frozen=True)
 class Line:
     """A curve. Drawn with a band from low to high, or, `as_points`, with bars; the name stands at its end."""
@@ -77,6 +81,7 @@ class Panel:
     """What lies below is not in the picture, but for a word and a number at the line's end."""
     has_scale: bool = True
     """Whether y has numbers."""
+    limits: Limits = None
 
 
 @dataclass(frozen=True)
@@ -196,11 +201,12 @@ def _panel(ax: Any, panel: Panel, place: int, by_weights: bool) -> None:
         ax.set_xscale("log")
     if panel.level is not None:
         ax.axhline(panel.level, color=COLORS["dense"], linewidth=1, dashes=(4, 3), gid=f"level-{place}")
-    for line in panel.lines:
+    lines = [_within(line, panel.limits) for line in panel.lines]
+    for line in lines:
         _line(ax, line, f"line-{place}-{line.name}")
     if panel.floor is not None:
         bottom = max(panel.floor, ax.get_ylim()[0])
-        top = max(y for line in panel.lines for y in (line.high or line.y))
+        top = max(y for line in lines for y in (line.high or line.y))
         ax.set_ylim(bottom, top + (top - bottom) / 20)
     if by_weights:
         _weights_axis(ax, [x for line in panel.lines for x in line.x])
@@ -217,6 +223,14 @@ def _panel(ax: Any, panel: Panel, place: int, by_weights: bool) -> None:
     ax.set_axisbelow(True)
     if any(line.is_area for line in panel.lines):
         ax.set_ylim(bottom=0)
+
+
+def _within(line: Line, limits: Limits) -> Line:
+    """Its band, or bars, no farther than the limits."""
+    if limits is None or line.low is None or line.high is None:
+        return line
+    least, most = limits
+    return replace(line, low=[max(y, least) for y in line.low], high=[min(y, most) for y in line.high])
 
 
 def _line(ax: Any, line: Line, name: str) -> None:

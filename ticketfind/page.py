@@ -41,7 +41,7 @@ def html(found: Contents) -> str:
     parts += [f'<p class="note">{_text(note)}</p>' for note in found.notes]
     if found.evaluated:
         parts.append("<h2>Evaluations</h2>")
-    parts += map(_arms, found.evaluated)
+    parts += [table for at in found.evaluated for table in (_arms(at), _attacks(at))]
     parts += [_claims(found.claims), _recipe(found)]
     return _PAGE.format(title=_text(f"{title}: ticketfind report"), style=_STYLE, body="\n".join(parts))
 
@@ -183,6 +183,22 @@ def _arms(at: Evaluated) -> str:
     rows = [("", [_text(name), *_measures(stats)]) for name, stats in at.arms.items()]
     caption = f"Evaluated at {_share(at.remaining)} of the weights (round {at.round}), all trained alike"
     return _table(f"eval-{at.round}", caption, ("", *_HEADS), rows)
+
+
+def _attacks(at: Evaluated) -> str:
+    """A row for each attack, a column for each arm; nothing where there was none."""
+    if not at.attacks:
+        return ""
+    arms = [*dict.fromkeys(arm for under in at.attacks.values() for arm in under)]
+    rows = [
+        ("", [_text(name), *(_text(_points(under[arm])) if arm in under else "" for arm in arms)])
+        for name, under in at.attacks.items()
+    ]
+    caption = (
+        f"Under attack at {_share(at.remaining)} of the weights (round {at.round}): accuracy at the end of training, %,"
+        " on the same test examples, mean ± standard deviation"
+    )
+    return _table(f"attacks-{at.round}", caption, ("", *arms), rows)
 
 
 _SIGNS = {HOLDS: "✓", DOES_NOT: "✗", UNDECIDED: "~", NOT_TESTED: "–"}

@@ -105,24 +105,26 @@ def _versions(run: RunDir) -> dict[str, str]:
 
 
 def evaluations(run: RunDir) -> tuple[list[Evaluated], dict[int, str]]:
-    """Of each evaluated round the newest of each arm, densest round first; and each round's newest verdict.
+    """Of each evaluated round the newest of each arm, and the newest attacks, together; densest round first; and each
+    round's newest verdict.
 
     Raises TicketfindError for a file that is not as `eval` writes it.
     """
-    arms: dict[int, dict[str, Stats]] = {}
-    shares: dict[int, float] = {}
+    newest: dict[int, Evaluated] = {}
     verdicts: dict[int, str] = {}
     for file in sorted(run.evals_folder.glob("*.json"), key=lambda file: file.stem):
         if (number := re.match(r"\d{1,6}(?=-)", file.name)) is None:
             raise TicketfindError(f"{file}: expected the name of an evaluation, NN-TIME.json")
         round = int(number[0])
-        shares[round], found, verdicts[round] = _read(file)
-        arms[round] = {**arms.get(round, {}), **found}
-    densest_first = sorted(arms, key=lambda round: -shares[round])
-    return [Evaluated(round, shares[round], arms[round]) for round in densest_first], verdicts
+        found, verdicts[round] = _read(file, round)
+        before = newest.get(round, found)
+        newest[round] = dataclasses.replace(
+            found, arms={**before.arms, **found.arms}, attacks=found.attacks or before.attacks
+        )
+    return sorted(newest.values(), key=lambda each: -each.remaining), verdicts
 
 
-def _read(file: Path) -> tuple[float, dict[str, Stats], str]:
+def _read(file: Path, round: int) -> tuple[Evaluated, str]:
     try:
         given = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -135,7 +137,19 @@ def _read(file: Path) -> tuple[float, dict[str, Stats], str]:
         raise TicketfindError(f"{file}: remaining: expected a fraction, found {str(remaining)[:40]!r}")
     if not isinstance(arms, dict) or not isinstance(verdict, str):
         raise TicketfindError(f"{file}: expected arms (an object) and a verdict (a text)")
-    return float(remaining), {name: _stats(stats, f"{file}: {name[:40]!r}") for name, stats in arms.items()}, verdict
+    found = {name: _stats(stats, f"{file}: {name[:40]!r}") for name, stats in arms.items()}
+    return Evaluated(round, float(remaining), found, _attacks(given.get("attacks", {}), file)), verdict
+
+
+def _attacks(given: Any, file: Path) -> dict[str, dict[str, Spread]]:
+    """By attack and arm; evaluations of before there were attacks have none."""
+    found = {}
+    for name, under in given.items() if isinstance(given, dict) else [("", None)]:
+        arms = under.get("arms") if isinstance(under, dict) else None
+        if not isinstance(arms, dict):
+            raise TicketfindError(f"{file}: attacks: expected an object of attacks, each with arms")
+        found[name] = {arm: _spread(part, f"{file}: attacks: {name[:40]!r}", arm[:40]) for arm, part in arms.items()}
+    return found
 
 
 def _parts(stats: Stats) -> tuple[Spread, ...]:
@@ -148,16 +162,19 @@ def _is_usable(value: object) -> bool:
 
 
 def _stats(given: Any, where: str) -> Stats:
-    spreads = []
-    for key in ("accuracy_early", "accuracy_end", "early_stop"):
-        part = given.get(key) if isinstance(given, dict) else None
-        values = part.get("values") if isinstance(part, dict) else None
-        if not isinstance(values, list) or not values or not all(map(_is_usable, values)):
-            raise TicketfindError(f"{where}: expected numbers in {key}.values")
-        spreads.append(Spread.of(map(float, values)))
+    parts = given if isinstance(given, dict) else {}
+    keys = ("accuracy_early", "accuracy_end", "early_stop")
+    spreads = [_spread(parts.get(key), where, key) for key in keys]
     if len({len(found.values) for found in spreads}) > 1:
         raise TicketfindError(f"{where}: expected as many values of each kind")
     return Stats(*spreads)
+
+
+def _spread(given: Any, where: str, key: str) -> Spread:
+    values = given.get("values") if isinstance(given, dict) else None
+    if not isinstance(values, list) or not values or not all(map(_is_usable, values)):
+        raise TicketfindError(f"{where}: expected numbers in {key}.values")
+    return Spread.of(map(float, values))
 
 
 # ------------------------------------------------------------------------------------------------ claims
