@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ticketfind import assemble, files, layers, plan, rundir, search, snapshots, tensorfile
+from ticketfind import assemble, files, forks, layers, plan, rundir, search, snapshots, tensorfile
 from ticketfind.results import Round
 
 RECIPE: dict[str, Any] = {
@@ -30,7 +30,8 @@ RECIPE: dict[str, Any] = {
     "prune": {"rounds": 3, "rewind": "150it", "scope": "layer"},
     "run": {"replicates": 3, "device": "cpu", "snapshot": 0.02},
 }
-ENGINES = ("processes", "eager", "stacked")
+ENGINES = (*(("processes",) if forks.possible() else ()), "eager", "stacked")
+"""Those that the machine has: processes take Linux and a second core."""
 
 
 class Silent:

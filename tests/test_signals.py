@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from ticketfind import course, scores, signals, tensorfile, terminal
+from ticketfind import course, forks, scores, signals, tensorfile, terminal
 
 SEARCH = [
     "search", "--iterations", "400", "--rounds", "2", "--replicates", "2", "--set", "train.eval_every=200",
     "--set", "run.snapshot=null", "--device", "cpu", "--engine",
 ]  # fmt: skip
-ENGINES = ["eager", pytest.param("processes", marks=pytest.mark.skipif(sys.platform != "linux", reason="forks"))]
+SIDE_BY_SIDE = "arms side by side need Linux and a second core"
+ENGINES = ["eager", pytest.param("processes", marks=pytest.mark.skipif(not forks.possible(), reason=SIDE_BY_SIDE))]
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
 
@@ -74,8 +75,8 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
 def test_a_search_that_is_stopped_goes_on_to_the_same_bytes(
     moment: str, name: str, engine: str, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    if engine == "processes" and sys.platform != "linux":
-        pytest.skip("forks")
+    if engine == "processes" and not forks.possible():
+        pytest.skip(SIDE_BY_SIDE)
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert command(*SEARCH, engine, "--out", whole).code == 0
     with monkeypatch.context() as patch:
