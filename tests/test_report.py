@@ -376,7 +376,7 @@ def test_a_run_without_a_finished_round(run: RunDir) -> None:
         ("best.json", evaluation(0.5, ticket=stats(0.5, 0.6)), "NN-TIME.json"),
         ("03-x.json", evaluation(0.5, {"attacks": []}, ticket=stats(0.5, 0.6)), "attacks: expected an object"),
         ("03-x.json", evaluation(0.5, {"attacks": {"clean": {"arms": 3}}}, ticket=stats(0.5, 0.6)), "each with arms"),
-        ("03-x.json", evaluation(0.5, {"attacks": attacked(clean={"ticket": ()})}, ticket=stats(0.5, 0.6)), "ticket.values"),
+        ("03-x.json", evaluation(0.5, {"attacks": attacked(clean={"a": ()})}, ticket=stats(0.5, 0.6)), "a.values"),
     ],
 )  # fmt: skip
 def test_a_bad_evaluation_is_one_line(run: RunDir, name: str, text: str, expected: str) -> None:
