@@ -196,6 +196,7 @@ def same_signals() -> Iterator[None]:
 
 
 STOPS = ("SIGINT", "SIGTERM", "SIGHUP")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and a search heeds that
 HANDLERS = {number: signal.getsignal(number) for number in signal.Signals if number.name in STOPS}
 
 
