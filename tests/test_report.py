@@ -236,6 +236,60 @@ def test_bands_of_accuracy_end_at_a_hundred_percent_and_at_none() -> None:
     assert (line.low, line.high) == ([0.0, 0.0], [100.0, 100.0])
 
 
+def bands(svg: str) -> list[np.ndarray]:
+    """The corners of each band of a figure, in the order of its lines: [n, 2] each."""
+    found = []
+    for group in ET.fromstring(svg).iter(f"{SVG}g"):
+        if "FillBetween" in (group.get("id") or ""):
+            path, use = next(group.iter(f"{SVG}path")), next(group.iter(f"{SVG}use"))
+            corners = [[float(x) for x in pair] for pair in re.findall(r"[ML] (\S+) (\S+)", path.get("d", ""))]
+            found.append(np.array(corners) + [float(use.get(axis, 0)) for axis in "xy"])
+    return found
+
+
+T_OF_TWO = 12.7062
+"""Student's t, 97.5 %, one degree of freedom."""
+
+
+@pytest.mark.parametrize("metric", [None, "my.metrics:minus_mse"])
+def test_only_bands_of_accuracies_are_cut(run: RunDir, metric: str | None) -> None:
+    lines = run.log_file.read_text(encoding="utf-8").splitlines()
+    for place, line in enumerate(lines):  # near both ends
+        if "accuracy_early" in (told := json.loads(line)):
+            told["accuracy_early"] = (0.97, 0.03, 0.5)[told["round"] % 3] + 0.02 * told["replicate"]
+            lines[place] = json.dumps(told)
+    run.log_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    svg = report.write(rewritten(run, train__metric=metric)).figures[0].read_text(encoding="utf-8")
+    values = np.array([r.stats.accuracy_early.values for r in finished(run)])
+    means, halves = values.mean(1), T_OF_TWO * np.ptp(values, axis=1) / 2
+    low, high = means - halves, means + halves
+    assert low.min() < 0 and high.max() > 1
+    if metric is None:
+        low, high = np.clip(low, 0, 1), np.clip(high, 0, 1)
+    drawn, band = points(svg, "line-0-ticket"), bands(svg)[0]
+    slope, start = np.polyfit(drawn[:, 1], means, 1)
+    for place, x in enumerate(drawn[:, 0]):
+        heights = slope * band[np.abs(band[:, 0] - x) < 1e-4, 1] + start
+        assert heights.min() == pytest.approx(low[place], abs=1e-3)
+        assert heights.max() == pytest.approx(high[place], abs=1e-3)
+
+
+def test_the_newest_attacks_are_drawn_and_none_is_drawn_once(run: RunDir) -> None:
+    arms = {"dense": stats(0.7, 0.72), "ticket": stats(0.71, 0.73)}
+    older = attacked(clean={"ticket": (0.9, 0.9)}, **{"pgd:0.3": {"ticket": (0.3, 0.3)}})
+    newer = attacked(
+        clean={"ticket": (0.8, 0.8)}, **{"fgsm:0.2": {"ticket": (0.1, 0.1)}, "fgsm:0": {"ticket": (0.8, 0.8)}}
+    )
+    for day, levels in ((2, older), (3, newer)):
+        (run.evals_folder / f"03-2026010{day}T000000.json").write_text(evaluation(0.343, {"attacks": levels}, **arms))
+    written = report.write(run)
+    drawn = {path.stem: path.read_text(encoding="utf-8") for path in written.figures if path.suffix == ".svg"}
+    assert "pgd" not in drawn
+    assert len(points(drawn["fgsm"], "line-0-ticket")) == 2
+    table = Page(written.page.read_text(encoding="utf-8")).tables["attacks-3"]
+    assert [row[0] for row in table[1:]] == ["clean", "fgsm:0.2", "fgsm:0"]
+
+
 def test_the_same_run_gives_the_same_report(shown: report.Written, searched: Path) -> None:
     before = {path: path.read_bytes() for path in (shown.page, *shown.figures)}
     report.write(RunDir(searched), shown.page)
