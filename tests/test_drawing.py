@@ -425,18 +425,6 @@ def test_a_search_that_draws_apart_goes_on_to_the_same_bytes(
         ({"prune.finetune": 3}, "prune.finetune: expected with --ahead 2 or more (several masks)"),
         ({"prune.ahead": [1, 1], "prune.finetune": 3}, "prune.finetune: expected with --ahead 2 or more"),
         (
-            {"prune.ahead": [4], "prune.finetune": 3, "prune.rounds": 1},
-            "prune.finetune: expected a training that draws several masks, found none: 1 round with --ahead 4",
-        ),
-        (
-            {"prune.ahead": [1, 1, 3], "prune.finetune": 3, "prune.rounds": 3},
-            "expected a training that draws several masks, found none: 3 rounds with --ahead 1 --ahead 1 --ahead 3",
-        ),
-        (
-            {"prune.ahead": [1, 2], "prune.finetune": 3, "prune.rounds": 9, "prune.scope": "2:4"},
-            "prune.finetune: expected a training that draws several masks, found none: 2 rounds with --ahead 1",
-        ),
-        (
             {"prune.ahead": [3], "prune.finetune": "200%"},
             "prune.finetune: expected 1 to the 12 iterations of a round, found 200% = 24 iterations",
         ),
@@ -474,10 +462,28 @@ def test_a_finetuning_is_refused_where_the_plan_has_none(
     ahead: list[int], rounds: int, make_recipe: Callable[..., Recipe], make_task: Callable[..., Task]
 ) -> None:
     settings = {"prune.ahead": ahead, "prune.rounds": rounds}
-    plan = make_plan(make_recipe(settings), make_task().model)
+    model = make_task().model
+    plan = make_plan(make_recipe(settings), model)
     tunes = any(len(plan.draws(round)) > 1 for round in plan.ahead)
-    with nullcontext() if tunes else pytest.raises(RecipeError, match="draws several masks, found none"):
-        make_recipe({**settings, "prune.finetune": 3})
+    with nullcontext() if tunes else pytest.raises(TicketfindError, match="draws several masks, found none"):
+        make_plan(make_recipe({**settings, "prune.finetune": 3}), model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"prune.ahead": [4], "prune.rounds": 1}, "found none: 1 round with --ahead 4;"),
+        ({"prune.ahead": [1, 1, 3], "prune.rounds": 3}, "3 rounds with --ahead 1 --ahead 1 --ahead 3;"),
+        ({"prune.ahead": [1, 2], "prune.rounds": 9, "prune.scope": "2:4"}, "2 rounds with --ahead 1 --ahead 2;"),
+        ({"prune.ahead": [4], "prune.rounds": 5, "prune.until": 0.9}, "1 round with --ahead 4;"),
+        ({"prune.ahead": [4], "prune.rounds": None, "prune.until": 0.9}, "1 round with --ahead 4;"),
+    ],
+)
+def test_however_few_rounds_come_about_a_finetuning_for_none_is_refused(
+    settings: dict[str, Any], found: str, make_recipe: Callable[..., Recipe], make_task: Callable[..., Task]
+) -> None:
+    with pytest.raises(TicketfindError, match=found):
+        make_plan(make_recipe({"prune.finetune": 3, **settings}), make_task().model)
 
 
 # ------------------------------------------------------------------------------------------ what fails

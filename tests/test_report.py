@@ -236,6 +236,12 @@ def test_bands_of_accuracy_end_at_a_hundred_percent_and_at_none() -> None:
     assert (line.low, line.high) == ([0.0, 0.0], [100.0, 100.0])
 
 
+def test_attacks_that_no_arm_has_all_of_have_no_figure() -> None:
+    half = results.Spread.of([0.5, 0.6])
+    at = Evaluated(1, 0.5, {}, {"clean": {"ticket": half}, "pgd:1": {"dense": half}})
+    assert [*charts._under_attack([at], "")] == []
+
+
 def bands(svg: str) -> list[np.ndarray]:
     """The corners of each band of a figure, in the order of its lines: [n, 2] each."""
     found = []
@@ -251,20 +257,23 @@ T_OF_TWO = 12.7062
 """Student's t, 97.5 %, one degree of freedom."""
 
 
-@pytest.mark.parametrize("metric", [None, "my.metrics:minus_mse"])
-def test_only_bands_of_accuracies_are_cut(run: RunDir, metric: str | None) -> None:
+OF_ONES_OWN = {"train__metric": "my.metrics:minus_mse"}, {"train__trainer": "my.loop:train"}
+
+
+@pytest.mark.parametrize("changes", [{}, *OF_ONES_OWN])
+def test_only_bands_of_accuracies_are_cut(run: RunDir, changes: dict[str, str]) -> None:
     lines = run.log_file.read_text(encoding="utf-8").splitlines()
     for place, line in enumerate(lines):  # near both ends
         if "accuracy_early" in (told := json.loads(line)):
             told["accuracy_early"] = (0.97, 0.03, 0.5)[told["round"] % 3] + 0.02 * told["replicate"]
             lines[place] = json.dumps(told)
     run.log_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    svg = report.write(rewritten(run, train__metric=metric)).figures[0].read_text(encoding="utf-8")
+    svg = report.write(rewritten(run, **changes)).figures[0].read_text(encoding="utf-8")
     values = np.array([r.stats.accuracy_early.values for r in finished(run)])
     means, halves = values.mean(1), T_OF_TWO * np.ptp(values, axis=1) / 2
     low, high = means - halves, means + halves
     assert low.min() < 0 and high.max() > 1
-    if metric is None:
+    if not changes:
         low, high = np.clip(low, 0, 1), np.clip(high, 0, 1)
     drawn, band = points(svg, "line-0-ticket"), bands(svg)[0]
     slope, start = np.polyfit(drawn[:, 1], means, 1)

@@ -47,7 +47,8 @@ def of_run(
     spread = _over(rounds)
     measure = "test accuracy" if recipe.train.metric is None else f"test metric ({_printable(recipe.train.metric)})"
     capital = f"T{measure[1:]}"
-    limits = _SHARE if recipe.train.metric is None else None
+    is_accuracy = recipe.train.metric is None and not recipe.train.is_external  # which measures what it likes
+    limits = _SHARE if is_accuracy else None
     yield Chart(
         "hill",
         "Accuracy against weights remaining",
@@ -229,7 +230,8 @@ _ATTACKS = {"fgsm": "one step along the gradient's sign (FGSM)", "pgd": "project
 def _under_attack(found: Sequence[Evaluated], spread: str) -> Iterable[Chart]:
     """A chart of each kind of attack, a panel of each round that was attacked so."""
     for kind, how in _ATTACKS.items():
-        if panels := [_against_epsilon(at, levels) for at in found if (levels := _levels(at.attacks, f"{kind}:"))]:
+        panels = [_against_epsilon(at, levels) for at in found if (levels := _levels(at.attacks, f"{kind}:"))]
+        if panels := [panel for panel in panels if panel.lines]:
             yield Chart(
                 kind,
                 f"Accuracy under attack: {how}",

@@ -53,13 +53,6 @@ def passes_over_fraction(prune: "Prune") -> bool:
     return readers.pattern(prune.scope) is not None and 0 not in prune.fraction.values()
 
 
-def _most_rounds(prune: "Prune") -> int | None:
-    """Prunings at most, as far as the recipe alone tells."""
-    pattern = readers.pattern(prune.scope)
-    limits = [prune.rounds, None if pattern is None else pattern[1] - pattern[0]]
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
 def _of_drawing(model: "Model", prune: "Prune", train: "Train") -> Iterator[str]:
     if prune.every is not None and prune.mask_stop is not None:
         yield "prune.mask_stop: expected null beside prune.every, found both"
@@ -70,14 +63,6 @@ def _of_drawing(model: "Model", prune: "Prune", train: "Train") -> Iterator[str]
             yield f"prune.{key}: expected null with {prune.score}, which looks at no training, found {length}"
     if prune.finetune is not None and {*prune.ahead} == {1}:
         yield f"prune.finetune: expected with --ahead 2 or more (several masks), found {prune.finetune} without"
-    elif prune.finetune is not None and prune.ahead and (rounds := _most_rounds(prune)) is not None:
-        before = next(at for at, count in enumerate(prune.ahead) if count > 1)  # trainings that draw one mask each
-        if rounds < before + 2:
-            yield (
-                f"prune.finetune: expected a training that draws several masks, found none:"
-                f" {rounds} round{'s' * (rounds != 1)} with --ahead {' --ahead '.join(map(str, prune.ahead))};"
-                " leave it out, or take more rounds"
-            )
     if not prune.ahead:
         yield "prune.ahead: expected at least one number of rounds, found none"
     if prune.ahead != (1,) and (prune.every is not None or prune.mask_stop is not None or prune.rewind == "lr"):

@@ -33,7 +33,7 @@ class Failed:
     iteration: int
     reason: str
     left: int = 0
-    """Iterations that it was to have and did not come to; 0 where others in step with it have gone on."""
+    """Iterations that it was to have and did not come to; of arms in step, those that none of them came to."""
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def weights_kept(recipe: Recipe, candidates: list[prunable.Candidate]) -> tuple[
 
 
 def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
-    """The plan of a resolved recipe. Raises TicketfindError where nothing is left to prune."""
+    """The plan of a resolved recipe. Raises TicketfindError where nothing is left to prune, or to finetune for."""
     settings = recipe.prune
     found = candidates(recipe, model)
     if not any(c.pruned for c in found):
@@ -113,6 +113,14 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
     disk = 4 * parameters * (starts + replicates + 1) + kept[0] * (replicates * (len(kept) - 1) + 1)
     if recipe.train.command is not None:  # what it writes is kept, see commands.by_command
         disk += 4 * parameters * replicates * (measured + (rewind > 0))
+    ahead = _ahead(settings.ahead, len(kept))
+    if settings.finetune is not None and not any(min(n, len(kept) - 1 - round) > 1 for round, n in ahead.items()):
+        rounds = len(kept) - 1
+        raise TicketfindError(
+            "prune.finetune: expected a training that draws several masks, found none:"
+            f" {rounds} round{'s' * (rounds != 1)} with --ahead {' --ahead '.join(map(str, settings.ahead))};"
+            " leave it out, or take more rounds"
+        )
     return Plan(
         candidates=found,
         groups=groups,
@@ -122,7 +130,7 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
         iterations=iterations,
         measured=measured,
         drawn=drawn,
-        ahead=_ahead(settings.ahead, len(kept)),
+        ahead=ahead,
         finetune=0 if settings.finetune is None else int(settings.finetune),
         may_end_early=settings.mask_stop is not None or settings.until_fails,
         memory=memory,

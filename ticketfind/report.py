@@ -143,13 +143,17 @@ def _read(file: Path, round: int) -> tuple[Evaluated, str]:
 
 def _attacks(given: Any, file: Path) -> dict[str, dict[str, Spread]]:
     """By attack and arm; evaluations of before there were attacks have none."""
-    found = {}
-    for name, under in given.items() if isinstance(given, dict) else [("", None)]:
-        arms = under.get("arms") if isinstance(under, dict) else None
-        if not isinstance(arms, dict):
-            raise TicketfindError(f"{file}: attacks: expected an object of attacks, each with arms")
-        found[name] = {arm: _spread(part, f"{file}: attacks: {name[:40]!r}", arm[:40]) for arm, part in arms.items()}
-    return found
+    if not isinstance(given, dict) or not all(_has_arms(under) for under in given.values()):
+        raise TicketfindError(f"{file}: attacks: expected an object of attacks, each with arms")
+    where = f"{file}: attacks:"
+    return {
+        name: {arm: _spread(part, f"{where} {name[:40]!r}", arm[:40]) for arm, part in under["arms"].items()}
+        for name, under in given.items()
+    }
+
+
+def _has_arms(under: Any) -> bool:
+    return isinstance(under, dict) and isinstance(under.get("arms"), dict)
 
 
 def _parts(stats: Stats) -> tuple[Spread, ...]:

@@ -45,7 +45,7 @@ def fit(
 
     way: how the arms share the device; the numbers do not depend on it beyond rounding. keep_at: iteration whose
     weights are kept in the outcome. until: iteration to end after; what is trained is the beginning of the whole. tick:
-    told of the iterations done; may raise, to end it all. skip: told of those that trainings that fail do not come to.
+    told of the iterations done; may raise, to end it all. skip: told of those that a failed training leaves undone.
     note: told what the user should know. folder: for the files
     of an outside program that trains. snapshots: trainings go on from them, and are kept in them, at the latest when
     `tick` raises. paths: outcomes tell how far each weight has gone. watched: for the masks that are drawn; such
@@ -123,9 +123,9 @@ def _train(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) ->
     """Train arms that begin at the same iteration."""
     how, keep_at, first, watched = work.how, work.keep_at, arms[0].first, work.watched
     last, every = int(how.iterations) if work.until is None else work.until, int(how.eval_every)
-    end = last
+    planned = last
     looked_at = set() if watched is None else {*range(first + watched.every, last + 1, watched.every)}
-    stops = (*range(every, last, every), last) if watched is None else (last,) * watched.at_end
+    stops = [*range(every, last, every), last] if watched is None else [last] if watched.at_end else []
     measured_at = {stop for stop in stops if stop > first}
     kept_at = {keep_at} if keep_at is not None and keep_at >= first else set()
     with _own_draws(task), devices.arithmetic(way, task.device, task.model):
@@ -179,7 +179,7 @@ def _train(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) ->
                 break
         if work.snapshots is not None:
             work.snapshots.settle()
-        return _outcomes(training, task, course, how, end=end, paths=work.paths, tightened=tightened)
+        return _outcomes(training, task, course, how, end=planned, paths=work.paths, tightened=tightened)
 
 
 def _looks(training: Lockstep, at: int, *, paths: bool) -> list[Look]:
