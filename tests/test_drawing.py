@@ -458,15 +458,14 @@ def test_contradictions(settings: dict[str, Any], message: str, make_recipe: Cal
 
 @pytest.mark.parametrize("rounds", [*range(1, 8)])
 @pytest.mark.parametrize("ahead", [[2], [4], [1, 2], [1, 1, 3], [3, 1], [4, 3, 2]])
-def test_a_finetuning_is_refused_where_the_plan_has_none(
+def test_a_finetuning_is_refused_where_no_training_draws_two_masks(
     ahead: list[int], rounds: int, make_recipe: Callable[..., Recipe], make_task: Callable[..., Task]
 ) -> None:
-    settings = {"prune.ahead": ahead, "prune.rounds": rounds}
-    model = make_task().model
-    plan = make_plan(make_recipe(settings), model)
-    tunes = any(len(plan.draws(round)) > 1 for round in plan.ahead)
+    of_one_mask = next(place for place, count in enumerate(ahead) if count > 1)  # trainings before one of several
+    tunes = rounds >= of_one_mask + 2
+    recipe = make_recipe({"prune.ahead": ahead, "prune.rounds": rounds, "prune.finetune": 3})
     with nullcontext() if tunes else pytest.raises(TicketfindError, match="draws several masks, found none"):
-        make_plan(make_recipe({**settings, "prune.finetune": 3}), model)
+        make_plan(recipe, make_task().model)
 
 
 @pytest.mark.parametrize(

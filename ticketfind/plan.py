@@ -113,15 +113,7 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
     disk = 4 * parameters * (starts + replicates + 1) + kept[0] * (replicates * (len(kept) - 1) + 1)
     if recipe.train.command is not None:  # what it writes is kept, see commands.by_command
         disk += 4 * parameters * replicates * (measured + (rewind > 0))
-    ahead = _ahead(settings.ahead, len(kept))
-    if settings.finetune is not None and not any(min(n, len(kept) - 1 - round) > 1 for round, n in ahead.items()):
-        rounds = len(kept) - 1
-        raise TicketfindError(
-            "prune.finetune: expected a training that draws several masks, found none:"
-            f" {rounds} round{'s' * (rounds != 1)} with --ahead {' --ahead '.join(map(str, settings.ahead))};"
-            " leave it out, or take more rounds"
-        )
-    return Plan(
+    plan = Plan(
         candidates=found,
         groups=groups,
         kept=kept,
@@ -130,12 +122,20 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
         iterations=iterations,
         measured=measured,
         drawn=drawn,
-        ahead=ahead,
+        ahead=_ahead(settings.ahead, len(kept)),
         finetune=0 if settings.finetune is None else int(settings.finetune),
         may_end_early=settings.mask_stop is not None or settings.until_fails,
         memory=memory,
         disk=disk,
     )
+    if plan.finetune and not any(plan.tuned(round) for round in plan.ahead):
+        rounds = len(kept) - 1
+        raise TicketfindError(
+            "prune.finetune: expected a training that draws several masks, found none:"
+            f" {rounds} round{'s' * (rounds != 1)} with --ahead {' --ahead '.join(map(str, settings.ahead))};"
+            " leave it out, or take more rounds"
+        )
+    return plan
 
 
 def _ahead(each: Sequence[int], rounds: int) -> dict[int, int]:

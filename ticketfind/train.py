@@ -46,10 +46,10 @@ def fit(
     way: how the arms share the device; the numbers do not depend on it beyond rounding. keep_at: iteration whose
     weights are kept in the outcome. until: iteration to end after; what is trained is the beginning of the whole. tick:
     told of the iterations done; may raise, to end it all. skip: told of those that a failed training leaves undone.
-    note: told what the user should know. folder: for the files
-    of an outside program that trains. snapshots: trainings go on from them, and are kept in them, at the latest when
-    `tick` raises. paths: outcomes tell how far each weight has gone. watched: for the masks that are drawn; such
-    trainings are measured at their end only, if at all, and are not kept in snapshots.
+    note: told what the user should know. folder: for the files of an outside program that trains. snapshots: trainings
+    go on from them, and are kept in them, at the latest when `tick` raises. paths: outcomes tell how far each weight
+    has gone. watched: for the masks that are drawn; such trainings are measured at their end only, if at all, and are
+    not kept in snapshots.
     Raises TicketfindError, naming the arm, where the training fails; numbers that are no longer finite end one arm.
     """
     together = [*_together(arms, way.in_step)]
