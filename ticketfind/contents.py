@@ -76,7 +76,7 @@ def _draws_apart(recipe: Recipe) -> bool:
     several from one training."""
     prune = recipe.prune
     one_shot = recipe.model.trained is not None and prune.rounds == 1
-    return one_shot or prune.every is not None or prune.mask_stop is not None or prune.ahead != (1,)
+    return one_shot or prune.draws_apart or prune.ahead != (1,)
 
 
 @dataclass(frozen=True)

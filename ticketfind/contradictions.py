@@ -58,7 +58,15 @@ def _of_drawing(model: "Model", prune: "Prune", train: "Train") -> Iterator[str]
         yield "prune.mask_stop: expected null beside prune.every, found both"
     if prune.every is not None and readers.pattern(prune.scope):
         yield f"prune.every: expected null with the pattern {prune.scope}, found {prune.every}"
-    for key, length in (("every", prune.every), ("finetune", prune.finetune)):
+    if prune.every is not None and prune.mask_iterations is not None:
+        yield f"prune.mask_iterations: expected null beside prune.every, found {prune.mask_iterations}"
+    if prune.mask_lr is not None and not prune.draws_apart:
+        yield (
+            "prune.mask_lr: expected with --mask-iterations, --mask-stop or --prune-every (trainings for a mask alone),"
+            f" found {prune.mask_lr:g} without"
+        )
+    lengths = {"every": prune.every, "mask_iterations": prune.mask_iterations, "finetune": prune.finetune}
+    for key, length in lengths.items():
         if length is not None and prune.score in BEFORE_TRAINING:
             yield f"prune.{key}: expected null with {prune.score}, which looks at no training, found {length}"
     if prune.finetune is not None and {*prune.ahead} == {1}:
@@ -74,9 +82,9 @@ def _of_drawing(model: "Model", prune: "Prune", train: "Train") -> Iterator[str]
             f"prune.score: expected one of a training's ends, as model.trained shows no way there, found {prune.score}"
         )
     if train.is_external:
-        asked = {"prune.every": prune.every, "prune.mask_stop": prune.mask_stop, "prune.finetune": prune.finetune}
-        for key in (key for key, value in asked.items() if value is not None):
-            yield f"{key}: expected null, as a training of your own is not looked at on its way, found {asked[key]}"
+        asked = {key: value for key, value in {**lengths, "mask_stop": prune.mask_stop}.items() if value is not None}
+        for key, value in asked.items():
+            yield f"prune.{key}: expected null, as a training of your own is not looked at on its way, found {value}"
         if prune.score in (*BEFORE_TRAINING, *OF_THE_WAY):
             yield f"prune.score: expected one of a training's ends, as the training is your own, found {prune.score}"
 

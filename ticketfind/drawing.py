@@ -100,17 +100,28 @@ class Drawing:
         initial: arm -> the weights at the rewind point. With `settings.every` they are pruned on the way, and the
         outcome's masks are the next ones; with `settings.mask_stop` they end once their next mask has settled.
         """
+        how = _for_mask(self.how, settings)
         if isinstance(settings.every, Duration):
-            tightening = Tightening(self, int(settings.every), int(self.how.iterations))
+            tightening = Tightening(self, int(settings.every), int(how.iterations))
             watched = Watched(every=int(settings.every), tighter=tightening)
-        else:
-            assert settings.mask_stop is not None
+        elif settings.mask_stop is not None:
             settled = Settled(self, initial, settings.mask_stop)
-            watched = Watched(every=int(self.how.eval_every), enough=settled)
+            watched = Watched(every=int(how.eval_every), enough=settled)
+        else:
+            watched = Watched(every=int(how.iterations))
         return fit(
-            arms, self.task, self.how, way=way, tick=tick, skip=skip, note=note, paths=self.score.needs_path,
+            arms, self.task, how, way=way, tick=tick, skip=skip, note=note, paths=self.score.needs_path,
             watched=watched,
         )  # fmt: skip
+
+
+def _for_mask(how: Train, settings: Prune) -> Train:
+    """How a training goes that is there for a mask alone: the schedule drawn together to its length after the rewind
+    point (but for the warmup), at its own learning rate."""
+    first, total = int(settings.rewind) if isinstance(settings.rewind, Duration) else 0, int(how.iterations)
+    end = total if settings.mask_iterations is None else first + int(settings.mask_iterations)
+    milestones = tuple(Duration(round(int(milestone) * end / total)) for milestone in how.milestones)
+    return replace(how, iterations=Duration(end), milestones=milestones, lr=settings.mask_lr or how.lr)
 
 
 def _here(found: Masks, device: torch.device | str) -> Masks:

@@ -101,9 +101,11 @@ class Keeper:
         self.watch.note(f"{arm.name}: {outcome.reason}; it ends here, and the other replicates go on")
         over = {line["round"] for line in self.run.log() if line["replicate"] == replicate}
         unmeasured = {*range(round + (not untrained), self.plan.measured)} - over
-        undrawn = [later for later in self.plan.drawn if later >= round] if untrained or round == 0 else []
-        self.watch.skip(sum(self.plan.iterations[later] for later in (*unmeasured, *undrawn)))
         there, further = self.run.masks(), {number for first in self.plan.ahead for number in self.plan.tuned(first)}
+        undrawn = [later for later in self.plan.drawn if later >= round and (later + 1, replicate) not in there]
+        self.watch.skip(
+            sum(self.plan.iterations[later] for later in unmeasured) + sum(map(self.plan.for_mask, undrawn))
+        )
         untuned = [number for number in further if number > round and (number, replicate) not in there]
         self.watch.skip(self.plan.finetune * len(untuned))
         line = {"round": round, "replicate": replicate, "failed": f"{arm.name}: {outcome.reason}"}

@@ -106,6 +106,11 @@ MaskStop = Annotated[
     Real,
     _option("--mask-stop", "End a round once the mask that it would draw agrees so much with the last evaluation's."),
 ]
+MaskIterations = Annotated[
+    Text,
+    _option("--mask-iterations", "Draw masks from trainings of this length, apart from those measured (2000it, 50%)."),
+]
+MaskRate = Annotated[Real, _option("--mask-lr", "Learning rate of trainings that are there for a mask alone.")]
 Ahead = Annotated[
     list[int] | None,
     _option("--ahead", "Rounds whose masks a training draws; repeatable, one number for each training.", min=1),
@@ -287,6 +292,8 @@ RECIPE_OPTIONS: dict[str, tuple[Any, str]] = {
     "score": (Score, "prune.score"),
     "prune_every": (PruneEvery, "prune.every"),
     "mask_stop": (MaskStop, "prune.mask_stop"),
+    "mask_iterations": (MaskIterations, "prune.mask_iterations"),
+    "mask_lr": (MaskRate, "prune.mask_lr"),
     "ahead": (Ahead, "prune.ahead"),
     "finetune": (Finetune, "prune.finetune"),
     "until_fails": (UntilFails, "prune.until_fails"),

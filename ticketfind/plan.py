@@ -9,7 +9,7 @@ from torch import nn
 
 from ticketfind import TicketfindError, masks, prunable, readers
 from ticketfind.readers import Duration
-from ticketfind.recipe import Recipe
+from ticketfind.recipe import Prune, Recipe
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,11 @@ class Plan:
     measured: int
     """Rounds that are measured, the dense one included: all, but that a one-shot mask from weights that are trained
     already is drawn and no more; at most, where the search may end before."""
-    drawn: range
-    """Rounds with a training of its own for the next mask, beside the one that is measured: with `prune.mask_stop` all
-    but the first and the last, with `prune.every` that too. It has at most the round's iterations."""
-
+    drawn: list[int]
+    """Rounds with a training of its own for the next mask, beside the one that is measured: with `prune.mask_stop` and
+    `prune.mask_iterations` those that draw one mask, but the first; with `prune.every` that too."""
+    mask_iterations: int | None
+    """Its iterations; None: at most as many as the round's."""
     ahead: dict[int, int]
     """Rounds that draw masks in the training that is measured, and how many; they are measured first."""
     finetune: int
@@ -48,7 +49,11 @@ class Plan:
     def total(self) -> int:
         """Iterations of one replicate, at most."""
         tuned = sum(self.finetune * len(self.tuned(round)) for round in self.ahead)
-        return sum(self.iterations) + sum(self.iterations[round] for round in self.drawn) + tuned
+        return sum(self.iterations) + sum(map(self.for_mask, self.drawn)) + tuned
+
+    def for_mask(self, round: int) -> int:
+        """Iterations, at most, of a round's training for the next mask alone."""
+        return self.mask_iterations or self.iterations[round]
 
     def draws(self, round: int) -> range:
         """The rounds whose masks come of the training of a round that is measured."""
@@ -103,8 +108,8 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
         iterations[0] = 0
         if settings.rounds == 1:
             iterations[1], measured = 0, 1
-    apart = settings.mask_stop is not None or settings.every is not None
-    drawn = range(0 if settings.every is not None else 1, len(kept) - 1) if apart else range(0)
+    ahead, first = _ahead(settings.ahead, len(kept)), 0 if settings.every is not None else 1
+    drawn = [round for round, count in ahead.items() if settings.draws_apart and count == 1 and round >= first]
     parameters, replicates = sum(math.prod(c.shape) for c in found), recipe.run.replicates
     at_once = min(recipe.run.arms_at_once or 1, replicates)
     optimizer_slots = 2 if recipe.train.optimizer != "sgd" else int(recipe.train.momentum > 0)
@@ -122,20 +127,26 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
         iterations=iterations,
         measured=measured,
         drawn=drawn,
-        ahead=_ahead(settings.ahead, len(kept)),
+        mask_iterations=None if settings.mask_iterations is None else int(settings.mask_iterations),
+        ahead=ahead,
         finetune=0 if settings.finetune is None else int(settings.finetune),
         may_end_early=settings.mask_stop is not None or settings.until_fails,
         memory=memory,
         disk=disk,
     )
     if plan.finetune and not any(plan.tuned(round) for round in plan.ahead):
-        rounds = len(kept) - 1
-        raise TicketfindError(
-            "prune.finetune: expected a training that draws several masks, found none:"
-            f" {rounds} round{'s' * (rounds != 1)} with --ahead {' --ahead '.join(map(str, settings.ahead))};"
-            " leave it out, or take more rounds"
-        )
+        raise _nothing_for("finetune", "draws several masks", settings, len(kept) - 1)
+    if plan.mask_iterations and not plan.drawn:
+        raise _nothing_for("mask_iterations", "draws one mask, after the first", settings, len(kept) - 1)
     return plan
+
+
+def _nothing_for(key: str, what: str, settings: Prune, rounds: int) -> TicketfindError:
+    return TicketfindError(
+        f"prune.{key}: expected a training that {what}, found none:"
+        f" {rounds} round{'s' * (rounds != 1)} with --ahead {' --ahead '.join(map(str, settings.ahead))};"
+        " leave it out, or take more rounds"
+    )
 
 
 def _ahead(each: Sequence[int], rounds: int) -> dict[int, int]:
@@ -145,6 +156,6 @@ def _ahead(each: Sequence[int], rounds: int) -> dict[int, int]:
     for count in itertools.chain(each, itertools.repeat(each[-1])):
         if round + 1 >= rounds:
             return found
-        found[round] = count
+        found[round] = min(count, rounds - round - 1)
         round += count
     raise AssertionError

@@ -133,6 +133,11 @@ class Prune:
     mask_stop: float | None = _key(readers.or_null(readers.share), None)
     """End a training that is there for the mask alone once the masks of two evaluations in a row agree as much (Cohen's
     kappa over the weights left); null: masks are drawn from the full trainings."""
+    mask_iterations: Duration | None = _key(readers.or_null(readers.duration), None)
+    """Length of the training that draws a mask, where it draws no others (see ahead): it is then there for the mask
+    alone; null: masks are drawn from the full trainings."""
+    mask_lr: float | None = _key(readers.or_null(readers.positive), None)
+    """Learning rate, at its highest, of trainings that are there for a mask alone; null: train.lr."""
     ahead: tuple[int, ...] = _key(readers.list_of(readers.whole(1), "a list of numbers of rounds"), [1])
     """How many rounds' masks a training draws, training after training; the last number goes on."""
     finetune: Duration | None = _key(readers.or_null(readers.duration), None)
@@ -148,6 +153,11 @@ class Prune:
     """Leave these parameters alone."""
     allow_collapse: bool = _key(readers.flag, False)
     """Go on when an emptied layer disconnects the network."""
+
+    @property
+    def draws_apart(self) -> bool:
+        """Whether there are trainings for a mask alone."""
+        return any(value is not None for value in (self.every, self.mask_stop, self.mask_iterations))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,12 +236,14 @@ class Recipe:
                 f" found {int(rewind)}"
             )
         round_length = lengths.total - (int(rewind) if isinstance(rewind, Duration) and rewind.unit == "it" else 0)
-        every = None if self.prune.every is None or not lengths.known else lengths.at(self.prune.every)
-        finetune = None if self.prune.finetune is None or not lengths.known else lengths.at(self.prune.finetune)
-        for key, length, asked in (("every", every, self.prune.every), ("finetune", finetune, self.prune.finetune)):
-            if length is not None and not 1 <= int(length) <= round_length:
+        asked = {key: getattr(self.prune, key) for key in ("every", "mask_iterations", "finetune")}
+        within: dict[str, Any] = {
+            key: lengths.at(own) for key, own in asked.items() if own is not None and lengths.known
+        }
+        for key, length in within.items():
+            if not 1 <= int(length) <= round_length:
                 faults.append(
-                    f"prune.{key}: expected 1 to the {round_length} iterations of a round, found {asked}"
+                    f"prune.{key}: expected 1 to the {round_length} iterations of a round, found {asked[key]}"
                     f" = {int(length)} iterations"
                 )
         warmup = lengths.at(self.train.warmup)
@@ -251,7 +263,7 @@ class Recipe:
                 eval_every=Duration(max(1, int(lengths.at(self.train.eval_every)))),
                 milestones=tuple(map(lengths.at, self.train.milestones)),
             ),
-            prune=dataclasses.replace(self.prune, rewind=rewind, every=every, finetune=finetune),
+            prune=dataclasses.replace(self.prune, rewind=rewind, **within),
             run=dataclasses.replace(self.run, device=device),
         )
 

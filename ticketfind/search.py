@@ -78,15 +78,16 @@ class _Job:
         then the others, all of them or those in between a round that matches and one that does not."""
         yield 0
         self.draw_further(0)
-        for round in self.plan.drawn:
-            self.draw(round)
-        rounds, until_fails = range(1, self.plan.measured), self.recipe.prune.until_fails
-        drawing = [] if self.plan.drawn else [round for round in rounds if round in self.plan.ahead]
-        for round in drawing:
-            yield round
-            if until_fails and not self.standing().is_matching(round):
-                break
-            self.draw_further(round)
+        rounds, until_fails, drawing = range(1, self.plan.measured), self.recipe.prune.until_fails, list[int]()
+        for round in self.plan.ahead:
+            if round in self.plan.drawn:
+                self.draw(round)
+            elif round in rounds:
+                drawing.append(round)
+                yield round
+                if until_fails and not self.standing().is_matching(round):
+                    break
+                self.draw_further(round)
         if not until_fails:
             yield from (round for round in rounds if round not in drawing)
             return
@@ -98,6 +99,7 @@ class _Job:
         self.watch.skip(sum(self.plan.iterations[round] * len(now.alive(round)) for round in unseen))
         spared = [number for round in self.plan.ahead for number in self.plan.tuned(round)]
         self.watch.skip(sum(self.plan.finetune * len(self.untuned(number, now)) for number in spared))
+        self.watch.skip(sum(self.plan.for_mask(round) * len(self.undrawn(round, now)) for round in self.plan.drawn))
 
     def measure(self, round: int) -> None:
         """Train what is not yet trained of a round, in full; it draws the next mask, if none does it apart."""
@@ -123,7 +125,7 @@ class _Job:
         with closing(self.for_masks(round + 1, todo, over, trainings)) as drawn:
             for replicate, arm, outcome in drawn:
                 done = outcome.points[-1].iteration - arm.first
-                self.watch.skip(self.plan.iterations[round] - done)
+                self.watch.skip(self.plan.for_mask(round) - done)
                 self.keeper.keep(round, replicate, arm, outcome, self.keeper.initial(arm))
                 line = {"round": round, "replicate": replicate, "iterations": done}
                 self.run.append({**line, "accuracy_end": outcome.measured.accuracy_end}, self.run.drawn_file)
@@ -225,7 +227,8 @@ class _Job:
             if round in self.plan.drawn:
                 own = {line["replicate"]: line["iterations"] for line in now.drawn if line["round"] == round}
                 todo = self.undrawn(round, now)  # in step with another also what is over
-                total += count * len(set(alive) - now.drawn_over(round)) + sum(own.values())
+                left = set(alive) - now.drawn_over(round)
+                total += self.plan.for_mask(round) * len(left) + sum(own.values())
                 done += sum(iterations for replicate, iterations in own.items() if replicate not in todo)
         return total, done
 
