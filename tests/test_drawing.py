@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -331,6 +331,118 @@ def test_finetuned_masks_are_those_of_plain_pytorch_that_goes_on_under_the_mask_
     assert all(check.passed is not False for check in verify.of_run(RunDir(tmp_path / "tuned")))
 
 
+@pytest.mark.parametrize("rate", [None, 0.2])
+@pytest.mark.parametrize("way", WAYS)
+def test_masks_of_short_trainings_are_those_of_plain_pytorch(
+    rate: float | None, way: str, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe],
+    run_search: Search, watch: Mock, tmp_path: Path,
+) -> None:  # fmt: skip
+    """From the rewind point, iteration 2, four steps; the milestone comes in the middle of 6 as it would of 12."""
+    recipe = make_recipe({
+        "prune.mask_iterations": 4, "prune.mask_lr": rate, "prune.rewind": "2it", "train.schedule": "step",
+        "train.milestones": [6], "train.weight_decay": 0.0, "run.engine": way, "run.arms_at_once": 2,
+    })  # fmt: skip
+    task, run = make_task(), tmp_path / "run"
+    assert task.data is not None
+    rounds = run_search(recipe, task, run)
+    for replicate in range(2):
+        net = copy.deepcopy(task.model)
+        for round in (1, 2):
+            old, new = (load_file(run / f"masks/{number:02}-{replicate}.safetensors") for number in (round, round + 1))
+            net.load_state_dict(load_file(run / f"init/{replicate}.safetensors"))
+            named = dict(net.named_parameters())
+            for name, kept in old.items():
+                named[name].data *= kept
+            optimizer = torch.optim.SGD(net.parameters(), lr=rate or 0.05, momentum=0.9)
+            for iteration in range(2, 6):
+                optimizer.param_groups[0]["lr"] = (rate or 0.05) / (10 if iteration >= 3 else 1)
+                inputs, targets = next(iter(task.data.train.batches(Order(5 + replicate, 16, iteration, 12))))
+                optimizer.zero_grad()
+                F.cross_entropy(net(inputs), targets).backward()
+                for name, kept in old.items():
+                    named[name].grad *= kept
+                optimizer.step()
+            for name, kept in old.items():
+                left = int(kept.sum()) - int(0.3 * int(kept.sum()) + 0.5)
+                bound = (named[name].detach().abs() * kept).flatten().sort(descending=True).values[left - 1]
+                assert torch.equal(new[name], kept & (named[name].detach().abs() >= bound)), (round, name)
+    drawn = [json.loads(line) for line in (run / "drawn.jsonl").read_text().splitlines()]
+    assert [(line["round"], line["replicate"], line["iterations"]) for line in drawn] == [
+        (1, 0, 4), (1, 1, 4), (2, 0, 4), (2, 1, 4),
+    ]  # fmt: skip
+    assert [round.round for round in rounds] == [0, 1, 2, 3]
+    assert watch.begin.call_args.args == (2 * (12 + 3 * 10 + 2 * 4), 0)  # what is measured is trained in full
+    assert all(check.passed is not False for check in verify.of_run(RunDir(run)))
+
+
+def test_single_masks_come_of_short_trainings_and_several_of_those_measured(
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, watch: Mock,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """The dense training draws two masks, that of round 2 two, that of round 4 three, and each of the last two one."""
+    settings = {"prune.rounds": 9, "prune.ahead": [2, 2, 3, 1], "prune.finetune": 3}
+    recipe = make_recipe({**settings, "prune.mask_iterations": "50%", "prune.mask_lr": 0.1})
+    plan = make_plan(recipe, make_task().model)
+    assert (plan.drawn, plan.mask_iterations, plan.total) == ([7, 8], 6, 10 * 12 + 4 * 3 + 2 * 6)
+    rounds = run_search(recipe, make_task(), tmp_path / "run")
+    assert [round.round for round in rounds] == [*range(10)]
+    lines = [json.loads(line) for line in (tmp_path / "run/drawn.jsonl").read_text().splitlines()]
+    assert [(line["round"], line["iterations"]) for line in lines] == [(7, 6), (7, 6), (8, 6), (8, 6)]
+    run_search(make_recipe(settings), make_task(), tmp_path / "full")
+    same = [
+        all(
+            torch.equal(
+                *(
+                    load_file(tmp_path / name / f"masks/{round:02}-{replicate}.safetensors")[weight]
+                    for name in ("run", "full")
+                )
+            )
+            for weight in SHAPES
+        )
+        for round in range(1, 10)
+        for replicate in range(2)
+    ]
+    assert all(same[:14]) and not all(same[14:])  # up to round 7, whose mask is the last of a full training
+    assert all(check.passed is not False for check in verify.of_run(RunDir(tmp_path / "run")))
+
+
+@pytest.mark.parametrize(
+    ("last", "measured", "drawn"),
+    [(1, [0, 2, 1], 3), (2, [0, 2, 4, 3], 5), (5, [0, 2, 4, 7, 5, 6], 10), (10, [0, 2, 4, 7, 9, 10], 10)],
+)
+@pytest.mark.parametrize("stopped", [False, True])
+def test_until_fails_draws_no_mask_that_it_does_not_need(
+    last: int, measured: list[int], drawn: int, stopped: bool, make_task: Callable[..., Task],
+    make_recipe: Callable[..., Recipe], run_search: Search, watch: Mock, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of ten rounds those up to `last` match; the masks of rounds 7 to 10 are drawn one by one."""
+
+    def some(arms: Any, *args: Any, **more: Any) -> Any:
+        for arm, outcome in fit(arms, *args, **more):
+            good = 0.9 if arm.round <= last else 0.1
+            yield arm, replace(outcome, numbers=outcome.numbers and replace(outcome.numbers, accuracy_early=good))
+
+    monkeypatch.setattr("ticketfind.search.fit", some)
+    recipe = make_recipe({
+        "prune.rounds": 10, "prune.ahead": [2, 2, 2, 1], "prune.finetune": 3, "prune.mask_iterations": 5,
+        "prune.until_fails": True, "run.tolerance": 5, "prune.fraction": 0.1,
+    })  # fmt: skip
+    for _ in range(60 if stopped else 0):
+        with suppress(Enough):
+            run_search(recipe, make_task(), tmp_path / "run", watch=stopping(25))
+            break
+    run_search(recipe, make_task(), tmp_path / "run", watch=watch)
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in log if line["replicate"] == 0] == measured
+    assert max(int(path.name[:2]) for path in (tmp_path / "run/masks").iterdir()) == drawn
+    assert contents.chosen(RunDir(tmp_path / "run"), None).round == last
+    if not stopped:
+        total, done = watch.begin.call_args.args
+        ticked, skipped = (sum(call.args[0] for call in each.call_args_list) for each in (watch.tick, watch.skip))
+        assert (total - skipped, done) == (ticked, 0)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_training_that_is_not_measured_is_the_same_training(
     way: str, make_task: Callable[..., Task], make_train: Callable[..., Train]
@@ -418,6 +530,28 @@ def test_a_search_that_draws_apart_goes_on_to_the_same_bytes(
     [
         ({"prune.every": 3, "prune.mask_stop": 0.9}, "prune.mask_stop: expected null beside prune.every, found both"),
         ({"prune.every": 3, "prune.score": "snip"}, "prune.every: expected null with snip, which looks at no training"),
+        (
+            {"prune.every": 3, "prune.mask_iterations": 3},
+            "prune.mask_iterations: expected null beside prune.every, found 3",
+        ),
+        (
+            {"prune.mask_iterations": 3, "prune.score": "snip"},
+            "prune.mask_iterations: expected null with snip, which looks",
+        ),
+        (
+            {"prune.mask_iterations": "0%"},
+            "prune.mask_iterations: expected 1 to the 12 iterations of a round, found 0%",
+        ),
+        (
+            {"prune.mask_iterations": 9, "prune.rewind": 4},
+            "prune.mask_iterations: expected 1 to the 8 iterations of a round",
+        ),
+        (
+            {"prune.mask_iterations": 3, "train.trainer": "a:b"},
+            "prune.mask_iterations: expected null, as a training of your",
+        ),
+        ({"prune.mask_lr": 0.1}, "prune.mask_lr: expected with --mask-iterations, --mask-stop or --prune-every"),
+        ({"prune.mask_lr": 0}, "prune.mask_lr: expected a number above 0, found 0"),
         ({"prune.every": "1%"}, "prune.every: expected 1 to the 12 iterations of a round, found 1% = 0 iterations"),
         ({"prune.every": 13}, "prune.every: expected 1 to the 12 iterations of a round, found 13"),
         ({"prune.ahead": []}, "prune.ahead: expected at least one number of rounds, found none"),
@@ -485,6 +619,15 @@ def test_however_few_rounds_come_about_a_finetuning_for_none_is_refused(
         make_plan(make_recipe({"prune.finetune": 3, **settings}), make_task().model)
 
 
+@pytest.mark.parametrize(("ahead", "rounds"), [([1], 1), ([4], 4), ([4, 3], 7), ([2], 6)])
+def test_short_trainings_for_no_mask_are_refused(
+    ahead: list[int], rounds: int, make_recipe: Callable[..., Recipe], make_task: Callable[..., Task]
+) -> None:
+    settings = {"prune.ahead": ahead, "prune.rounds": rounds, "prune.mask_iterations": 5}
+    with pytest.raises(TicketfindError, match="expected a training that draws one mask, after the first, found none"):
+        make_plan(make_recipe(settings), make_task().model)
+
+
 # ------------------------------------------------------------------------------------------ what fails
 
 
@@ -531,6 +674,9 @@ def tree(folder: Path) -> dict[str, bytes]:
         ({"prune.every": 4}, True, {(0, 0)}, [2, 1, 1, 1]),
         ({"prune.every": 4}, False, {(0, 1)}, [1, 1, 1, 1]),  # the dense training
         ({"prune.mask_stop": 1.0}, True, {(1, 1)}, [2, 2, 1, 1]),
+        ({"prune.mask_iterations": 3}, True, {(1, 1)}, [2, 2, 1, 1]),
+        ({"prune.mask_iterations": 3}, False, {(2, 0)}, [2, 2, 1, 1]),
+        ({"prune.mask_iterations": 3, "prune.ahead": [2, 1]}, False, {(2, 0)}, [2, 2, 1, 1]),
         ({"prune.mask_stop": 1.0}, False, {(2, 0)}, [2, 2, 1, 1]),
         ({"prune.ahead": [2]}, False, {(1, 1)}, [2, 1, 1, 1]),  # measured after round 2
         ({"prune.ahead": [3], "prune.finetune": 3}, True, {(1, 1)}, [2, 2, 1, 1]),  # on to the mask of round 2
@@ -773,6 +919,8 @@ def test_what_a_failure_spares_is_counted(
         ({"prune.every": 4}, True, 1),
         ({"prune.every": 4}, False, 1),
         ({"prune.mask_stop": 1.0}, True, 1),
+        ({"prune.mask_iterations": 5}, True, 1),
+        ({"prune.mask_iterations": 5, "prune.ahead": [2, 1]}, False, 2),
         ({"prune.ahead": [2]}, False, 2),
         ({"prune.ahead": [3], "prune.finetune": 3}, True, 1),
     ],
@@ -814,6 +962,14 @@ def test_what_a_training_that_fails_on_its_way_does_not_come_to_is_counted(
         {"prune.mask_stop": 0.3, "prune.until_fails": True, "prune.rounds": 8, "run.tolerance": 2},
         {"prune.mask_stop": 0.3, "prune.rewind": "lr", "run.engine": "stacked", "run.arms_at_once": 2},
         {"prune.every": 3, "prune.rewind": "lr", "prune.scope": "global"},
+        {
+            "prune.ahead": [3, 1],
+            "prune.finetune": 4,
+            "prune.mask_iterations": 7,
+            "prune.mask_lr": 0.1,
+            "prune.rounds": 6,
+        },
+        {"prune.mask_iterations": 8, "prune.mask_stop": 0.3, "run.engine": "stacked", "run.arms_at_once": 2},
         {"prune.mask_stop": 0.3, "prune.scope": "2:4", "prune.rewind": "3it"},
         {"prune.ahead": [2], "prune.scope": "2:4", "prune.rewind": "3it"},
         {"prune.until_fails": True, "prune.rounds": 8, "run.tolerance": 2},
@@ -824,7 +980,7 @@ def test_every_search_that_is_stopped_goes_on_to_the_same_bytes(
     settings: dict[str, Any], score: str, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe],
     run_search: Search, tmp_path: Path,
 ) -> None:  # fmt: skip
-    if score == "snip" and ("prune.every" in settings or "prune.finetune" in settings):
+    if score == "snip" and settings.keys() & {"prune.every", "prune.finetune", "prune.mask_iterations"}:
         pytest.skip("refused")
     recipe = make_recipe({**settings, "prune.score": score})
     whole = run_search(recipe, make_task("normed"), tmp_path / "whole", SCORES[score])
