@@ -66,6 +66,18 @@ class Attacked:
         return cls(arms, tuple(Comparison.of(arms, "ticket", other, least=1 / examples) for other in others))
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Attacks made ready."""
+
+    examples: int
+    """Test examples that are attacked, the same for all networks."""
+    inputs: tuple[float, float]
+    """The lowest and the highest of their inputs: epsilon is in these units."""
+    measure: Callable[[State], dict[str, float]]
+    """From trained weights to accuracies (fractions) on these examples: CLEAN, and under each attack by its name."""
+
+
 class _Scores(nn.Module):
     """A network as attacks take one: inputs [b, ...] -> scores [b, classes]."""
 
@@ -83,10 +95,9 @@ class _Scores(nn.Module):
 
 def prepare(
     task: Task, attacks: Sequence[Attack], most: int, *, batch_size: int = _BATCH, note: Note = lambda text: None
-) -> Callable[[State], dict[str, float]]:
-    """A function from trained weights to accuracies (fractions): CLEAN, and under each attack by its name.
+) -> Prepared:
+    """Attacks of networks, all on the same test examples: `most` of them, drawn once, or all if there are fewer.
 
-    All are measured on the same test examples: `most` of them, drawn once for all networks, or all if there are fewer.
     Attacked inputs stay within the range of these examples' inputs, which `note` is told. batch_size: of the training,
     which has fitted into memory. Raises TicketfindError where the library that attacks is not installed, and where
     these are no inputs, labels and network that it could attack.
@@ -100,7 +111,8 @@ def prepare(
     with _in_one_line():  # before anything is trained, and with few examples
         victim = _victim(scores, inputs, targets)
         _method(Attack("fgsm", 1.0), victim, size).generate(x[:2], y[:2])
-    note(f"attacked are {len(y)} test examples, inputs from {x.min():.4g} to {x.max():.4g}; epsilon is in these units")
+    low, high = float(x.min()), float(x.max())
+    note(f"attacked are {len(y)} test examples, inputs from {low:.4g} to {high:.4g}; epsilon is in these units")
 
     def accuracy(given: Tensor) -> float:
         parts = zip(torch.split(given, size), torch.split(targets, size), strict=True)
@@ -112,12 +124,12 @@ def prepare(
             return inputs
         return torch.from_numpy(_method(attack, victim, size).generate(x, y)).to(inputs.device)
 
-    def accuracies(trained: State) -> dict[str, float]:
+    def measure(trained: State) -> dict[str, float]:
         net.load_state_dict(trained, strict=False)
         with _in_one_line():
             return {CLEAN: accuracy(inputs), **{str(attack): accuracy(attacked(attack)) for attack in attacks}}
 
-    return accuracies
+    return Prepared(len(y), (low, high), measure)
 
 
 @contextmanager

@@ -91,11 +91,17 @@ class Evaluation:
     weight-noise=S, as far as they could be trained. A replicate's value is the mean over its trials."""
     trials: int
     """Trainings of each replicate."""
+    seed: int
+    """Of the first trial; the others follow."""
     verdict: Verdict
     notes: tuple[str, ...]
     """What was left out, and why."""
     attacks: dict[str, Attacked] = field(default_factory=dict)
     """By the attack's name, without one ("clean") first; with the weights at the end of each training."""
+    attack_examples: int | None = None
+    """Test examples that were attacked; None without an attack."""
+    attack_range: tuple[float, float] | None = None
+    """The lowest and the highest of their inputs."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,7 @@ def evaluate(
                 continue
             measured.setdefault(kind, {}).setdefault(case.replicate, []).append(outcome.measured)
             test_size = outcome.test_size
-            for name, accuracy in under_attack(outcome.final).items() if under_attack else ():
+            for name, accuracy in under_attack.measure(outcome.final).items() if under_attack else ():
                 robust.setdefault(name, {}).setdefault(kind, {}).setdefault(case.replicate, []).append(accuracy)
             if kind in ("ticket", "dense") and task.data is not None:
                 for level, found in _shaken(design, case, arm, outcome.final, task, how, way):
@@ -183,15 +189,17 @@ def evaluate(
         low = [name for name, found in stats.items() if results.is_chance(found, task.chance, test_size)]
         notes += [f"{name} is at chance level ({task.chance:.1%}): nothing was learned" for name in low]
     remaining = design.tickets[0].remaining
-    attacked = min(design.attack_examples, test_size or design.attack_examples)
     return Evaluation(
         remaining=remaining,
         against=design.against[0].remaining if design.against else None,
         arms=stats,
         trials=design.trials if of > 1 else 1,
+        seed=first_seed,
         verdict=verdict(stats, remaining, tolerance=tolerance, test_size=test_size, lost=lost),
         notes=tuple(notes),
-        attacks={name: Attacked.of(found, attacked) for name, found in robust.items()},
+        attacks={name: Attacked.of(by_arm, under_attack.examples) for name, by_arm in robust.items() if under_attack},
+        attack_examples=under_attack.examples if under_attack else None,
+        attack_range=under_attack.inputs if under_attack else None,
     )
 
 
