@@ -607,6 +607,30 @@ def test_a_crash_after_a_failure_leaves_those_trained_in_step_together(
     assert total - skipped == done + ticked
 
 
+def test_what_is_drawn_again_in_step_is_counted_once_more(
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, watch: Mock,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A crash between two replicates' lines: both are trained again, and the progress ends at its total."""
+    own = RunDir.append
+
+    def crash(self: RunDir, entry: Any, log: Path | None = None) -> None:
+        own(self, entry, log)
+        if log == self.drawn_file and entry["round"] == 1:
+            raise Enough
+
+    recipe = make_recipe({"prune.mask_stop": 1.0, "run.engine": "stacked", "run.arms_at_once": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "append", crash)
+        with pytest.raises(Enough):
+            run_search(recipe, make_task(), tmp_path / "run")
+    watch.reset_mock()
+    run_search(recipe, make_task(), tmp_path / "run", watch=watch)
+    total, done = watch.begin.call_args.args
+    ticked, skipped = (sum(call.args[0] for call in each.call_args_list) for each in (watch.tick, watch.skip))
+    assert total - skipped == done + ticked
+
+
 def test_a_network_without_an_output_is_not_trained_on(
     make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
 ) -> None:

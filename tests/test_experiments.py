@@ -101,13 +101,16 @@ def test_what_each_arm_starts_from(
 ) -> None:  # fmt: skip
     task = make_task("normed")
     tickets = [make_ticket(task, seed=seed, iteration=4) for seed in (7, 8)]
-    ticks: list[int] = []
-    found = evaluate(tickets, task, make_train(), seeds=[7, 8], way=EAGER, noise=[0.5, 2.0], tick=ticks.append)
+    ticks, skipped = list[int](), list[int]()
+    found = evaluate(
+        tickets, task, make_train(), seeds=[7, 8], way=EAGER, noise=[0.5, 2.0], tick=ticks.append, skip=skipped.append
+    )
     noisy_ones = ["noise=0.5", "dense noise=0.5", "noise=2", "dense noise=2"]
     assert list(found.arms) == ["dense", "ticket", *noisy_ones, "reinit", "random"]
     assert all(stats.replicates == 2 for stats in found.arms.values())
     assert len(trained_arms) == Design(tickets=tickets, trials=1, noise=[0.5, 2.0]).trainings == 16
     assert sum(ticks) == 2 * (4 * 8 + 4 * 12)  # from iteration 4 but for fresh weights, which know no training
+    assert sum(skipped) == 16 * 12 - sum(ticks)  # progress ends at its total
     for ticket, seed in zip(tickets, (7, 8), strict=True):
         arms = {name: trained_arms[f"{name}, seed {seed}"] for name in found.arms}
         assert {arm.seed for arm in arms.values()} == {seed}

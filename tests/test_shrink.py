@@ -316,6 +316,28 @@ def test_other_kinds_of_layers_stay_and_do_not_keep_the_rest_from_shrinking() ->
     assert small.model[1].num_features == len(small.model[1].running_mean) == 7
 
 
+def test_queries_and_keys_which_attention_reads_are_no_emptied_units() -> None:
+    """Of a projection as vision transformers have it torch-pruning sees the values alone being read."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+            self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4).unbind()
+            attended = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+            return self.fc2(self.fc1(x + self.proj(attended)).relu())
+
+    torch.manual_seed(0)
+    masks = whole(model := trained_looking(Block()))
+    masks["fc2.weight"][:, 5] = False
+    small, _ = shrunk(model, masks, (5, 8))
+    assert {name: len(kept) for name, kept in small.kept.items()} == {"fc1": 15}
+    assert small.notes == []
+
+
 def test_what_training_reads_stays() -> None:
     class Helped(nn.Module):
         def __init__(self) -> None:

@@ -146,6 +146,8 @@ def evaluate(
     of = len(design.tickets)
     arms, left_out = _arms(design, new, first_seed, task, groups)
     notes += left_out
+    total = int(how.iterations)
+    skip(design.trainings * total - sum(max(1, total - arm.first) for _, arm, _ in arms))
     check_memory(task, how, way, len(arms))
     under_attack = None
     if design.attacks:

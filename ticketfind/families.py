@@ -39,10 +39,14 @@ class Ends:
 class Family:
     """Units that go together: the layers that make them, normalize them and read them."""
 
-    size: int
     makers: list[Ends]
     norms: list[Ends]
     readers: list[Ends]
+
+    @property
+    def units(self) -> list[int]:
+        """Those that a layer is known to read; others are read by something else (queries and keys, by attention)."""
+        return sorted({unit for reader in self.readers for unit in reader.places})
 
 
 def find_families(model: nn.Module, inputs: Inputs) -> list[Family]:
@@ -111,7 +115,7 @@ def _family(
         if max(item.idxs) >= sizes(target)[axis]:
             return None
         kind.append(Ends(names[target], places))
-    return Family(len(makers[0].places), makers, norms, readers)
+    return Family(makers, norms, readers)
 
 
 def sizes(layer: Any) -> list[int]:

@@ -114,8 +114,7 @@ class _Job:
     def draw(self, round: int) -> None:
         """Train for the mask of the next round and nothing else."""
         now = self.standing()
-        dense, over = now.measured(0), now.drawn_over(round)
-        todo = self.todo([replicate for replicate in now.alive(round) if replicate in dense], over)
+        over, todo = now.drawn_over(round), self.undrawn(round, now)
         arms = [self.arm(round, replicate, for_mask=True) for replicate in todo]
         trainings = self.drawing.trainings(
             arms, self.keeper.initial, self.recipe.prune, way=Way.of(self.recipe.run), tick=self.watch.tick,
@@ -174,6 +173,11 @@ class _Job:
         seed = derived_seed(self.recipe.run.seed + replicate, "finetune", round)
         return Arm(name, start, mask, seed, int(self.recipe.train.iterations) - self.plan.finetune, round, replicate)
 
+    def undrawn(self, round: int, now: Standing) -> list[int]:
+        """Replicates that are trained in a round for the next mask alone."""
+        dense = now.measured(0)
+        return self.todo([replicate for replicate in now.alive(round) if replicate in dense], now.drawn_over(round))
+
     def tuned_over(self, number: int, now: Standing) -> set[int]:
         """Replicates whose mask of this round is there, or that have failed on the way to it."""
         there = {replicate for round, replicate in self.run.masks() if round == number}
@@ -219,9 +223,10 @@ class _Job:
                 total += self.plan.finetune * before
                 done += self.plan.finetune * (before - len(self.untuned(number, now)))
             if round in self.plan.drawn:
-                own = [line["iterations"] for line in now.drawn if line["round"] == round]
-                total += count * len(set(alive) - now.drawn_over(round)) + sum(own)
-                done += sum(own)
+                own = {line["replicate"]: line["iterations"] for line in now.drawn if line["round"] == round}
+                todo = self.undrawn(round, now)  # in step with another also what is over
+                total += count * len(set(alive) - now.drawn_over(round)) + sum(own.values())
+                done += sum(iterations for replicate, iterations in own.items() if replicate not in todo)
         return total, done
 
     def end(self) -> list[results.Round]:

@@ -178,7 +178,7 @@ def _next(now: _Stage, families: Sequence[Family], numbers: Iterable[int], const
     for number in numbers:
         family, lost = families[number], after.gone[number]
         read, reached = _alive(after.left, family.readers, 1), _alive(after.left, family.makers, 0)
-        there = [unit for unit in range(family.size) if unit not in lost]
+        there = [unit for unit in family.units if unit not in lost]
         found = [unit for unit in there if unit not in read][: len(there) - 1]
         silent = [unit for unit in there if unit in read and unit not in reached]
         found += _folded(after.model, family, silent[: len(there) - 1 - len(found)], constants)  # one stays, always
