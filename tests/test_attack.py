@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from ticketfind import TicketfindError, attack
 from ticketfind.arms import State, Task
 from ticketfind.attack import Attack, Attacked
 from ticketfind.batches import Data, Split
+from ticketfind.experiments import Design, evaluate
+from ticketfind.recipe import Train
+from ticketfind.ticket import Ticket
 
 pytest.importorskip("art")
 
@@ -65,6 +69,31 @@ def test_against_attacks_by_hand(task: Task, trained: State) -> None:
         assert pgd == pytest.approx(by_hand(net, test, epsilon, attack.STEPS, attack.STEP * epsilon), abs=1 / len(test))
         assert pgd <= fgsm < clean
     assert found["pgd:0.6"] < found["pgd:0.1"]
+
+
+@pytest.mark.parametrize(("most", "batch", "parts"), [(1000, 16, 4), (20, 16, 2), (20, 7, 3), (33, 100, 1)])
+def test_attacks_are_counted_as_iterations_and_can_be_ended_at_each(
+    most: int, batch: int, parts: int, task: Task, trained: State
+) -> None:
+    """One step for fgsm and forty for pgd, of each batch that as many examples are in training."""
+    ticks: list[int] = []
+
+    def tick(iterations: int) -> None:
+        ticks.append(iterations)
+        if len(ticks) == stop:
+            raise KeyboardInterrupt
+
+    stop, attacks = 0, [Attack("fgsm", 0.1), Attack("pgd", 0.1), Attack("pgd", 0.0)]
+    prepared = attack.prepare(task, attacks, most, batch_size=batch, tick=tick)
+    assert not any(ticks)
+    found = prepared.measure(trained)
+    assert sum(ticks) == prepared.iterations == parts * (1 + attack.STEPS)
+    assert ticks.count(0) > attack.STEPS, "asked at each step"
+    stop = len(ticks) + attack.STEPS // 2
+    with pytest.raises(KeyboardInterrupt):
+        prepared.measure(trained)
+    stop = 0
+    assert prepared.measure(trained) == found
 
 
 def test_weights_are_those_given_and_the_network_is_left_alone(task: Task, trained: State) -> None:
@@ -239,6 +268,21 @@ def test_without_the_library(task: Task, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "art", None)
     with pytest.raises(TicketfindError, match=r"not installed; pip install 'ticketfind\[attack\]'"):
         attack.prepare(task, [Attack("fgsm", 0.1)], 50)
+
+
+def test_an_evaluation_counts_its_attacks_but_for_networks_that_failed(
+    make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket]
+) -> None:
+    task = make_task()
+    tickets = [make_ticket(task, seed=seed) for seed in range(2)]
+    tickets[1] = replace(tickets[1], init={name: value * 1e30 for name, value in tickets[1].init.items()})
+    told: dict[str, list[int]] = {"begin": [], "tick": [], "skip": []}
+    design = Design(tickets=tickets, trials=1, attacks=[Attack("pgd", 0.1), Attack("fgsm", 0.1)], attack_examples=20)
+    counted = {name: each.append for name, each in told.items()}
+    found = evaluate(design, task, make_train(), first_seed=0, **counted)
+    assert len(found.attacks["pgd:0.1"].arms["ticket"].values) == 1  # and not two
+    begin, tick, skip = (sum(each) for each in told.values())
+    assert begin == 2 * 4 * (12 + 2 * (40 + 1)) == tick + skip and skip  # batches of 16
 
 
 def test_comparisons_are_of_replicates() -> None:

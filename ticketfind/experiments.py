@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,6 +125,7 @@ def evaluate(
     way: Way = EAGER,
     groups: Sequence[masks.Group] = (),
     tolerance: float | None = None,
+    begin: Callable[[int], None] = lambda n: None,
     tick: Tick = lambda n: None,
     skip: Tick = lambda n: None,
     folder: Path | None = None,
@@ -132,8 +133,8 @@ def evaluate(
     """Train the tickets, the dense network, noisy twins and controls, in one `fit`; compare.
 
     first_seed: of the first trial; the others follow. groups: what is ranked together, for masks drawn anew.
-    tick, skip, folder: as `train.fit` has them.
-    Raises TicketfindError where the ticket does not fit the task's model.
+    begin: told of all iterations, those that attacks are counted as included, before the first. tick, skip, folder: as
+    `train.fit` has them. Raises TicketfindError where the ticket does not fit the task's model.
     """
     design, new, notes = _onto(design, task)
     for ticket in design.tickets:
@@ -146,14 +147,14 @@ def evaluate(
     of = len(design.tickets)
     arms, left_out = _arms(design, new, first_seed, task, groups)
     notes += left_out
-    total = int(how.iterations)
-    skip(design.trainings * total - sum(max(1, total - arm.first) for _, arm, _ in arms))
     check_memory(task, how, way, len(arms))
     under_attack = None
     if design.attacks:
         under_attack = attack.prepare(
-            task, design.attacks, design.attack_examples, batch_size=how.batch_size, note=notes.append
+            task, design.attacks, design.attack_examples, batch_size=how.batch_size, note=notes.append, tick=tick
         )
+    attacking = under_attack.iterations if under_attack else 0
+    begin(sum(max(1, int(how.iterations) - arm.first) + attacking for _, arm, _ in arms))
     robust: dict[str, dict[str, dict[int, list[float]]]] = {}
     measured: dict[str, dict[int, list[Measured]]] = {}
     test_size, lost = None, 0
@@ -165,6 +166,7 @@ def evaluate(
     with closing(trainings) as outcomes:
         for (kind, _, case), (arm, outcome) in zip(arms, outcomes, strict=True):
             if isinstance(outcome, Failed):
+                skip(attacking)
                 notes.append(f"{arm.name}: {outcome.reason}; it is left out")
                 lost += kind == "ticket"
                 continue
