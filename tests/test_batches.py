@@ -88,6 +88,14 @@ def test_outputs_follow_from_the_targets(targets, outputs):
     assert Data(*[Split(torch.zeros(3, 2), targets)] * 3).outputs == outputs
 
 
+@pytest.mark.parametrize(
+    ("targets", "share"),
+    [(torch.tensor([0, 4, 1, 4, 4]), 0.6), (torch.zeros(3), None), (torch.zeros(3, 7, dtype=torch.int64), None)],
+)
+def test_the_share_of_the_most_frequent_label(targets, share):
+    assert Split(torch.zeros(len(targets), 2), targets).most_frequent == share
+
+
 def test_seeded_leaves_no_trace():
     import random
 
