@@ -40,6 +40,23 @@ def test_difference_sees_any_bit_of_the_initial_weights(
     assert found.same_masks and not found.same_init
 
 
+def test_of_a_compact_ticket_only_what_both_keep_is_compared(
+    make_task: Callable[..., Task], make_ticket: Callable[..., Ticket], tmp_path: Path
+) -> None:
+    """Under either name of a tied weight."""
+    full = make_ticket(make_task("tied"))
+    assert full.about.aliases
+    full.save(tmp_path / "c.safetensors", layout="compact")
+    compact = load_ticket(tmp_path / "c.safetensors")
+    assert difference(full, compact).is_none and difference(compact, full).is_none
+    ((alias, name),) = full.about.aliases.items()
+    kept = full.masks[name].flatten().nonzero()[0]
+    for key in (name, alias):
+        full.init[key].view(-1)[kept] += 1
+    found = difference(full, compact)
+    assert found.same_masks and not found.same_init and not found.is_none
+
+
 def test_tickets_of_different_networks_are_not_compared(
     make_task: Callable[..., Task], make_ticket: Callable[..., Ticket]
 ) -> None:

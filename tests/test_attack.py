@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from ticketfind import TicketfindError, attack
 from ticketfind.arms import State, Task
 from ticketfind.attack import Attack, Attacked
 from ticketfind.batches import Data, Split
+from ticketfind.experiments import Design, evaluate
+from ticketfind.recipe import Train
+from ticketfind.ticket import Ticket
 
 pytest.importorskip("art")
 
@@ -54,7 +58,7 @@ LEVELS = (0.0, 0.1, 0.3, 0.6)
 
 def test_against_attacks_by_hand(task: Task, trained: State) -> None:
     attacks = [Attack(kind, epsilon) for kind in ("fgsm", "pgd") for epsilon in LEVELS]
-    found = attack.prepare(task, attacks, 1000)(trained)
+    found = attack.prepare(task, attacks, 1000).measure(trained)
     net, test = task.model.eval(), task.data.test
     assert [*found] == ["clean", *map(str, attacks)]
     clean = float((net(test.inputs).argmax(1) == test.targets).float().mean())
@@ -67,9 +71,34 @@ def test_against_attacks_by_hand(task: Task, trained: State) -> None:
     assert found["pgd:0.6"] < found["pgd:0.1"]
 
 
+@pytest.mark.parametrize(("most", "batch", "parts"), [(1000, 16, 4), (20, 16, 2), (20, 7, 3), (33, 100, 1)])
+def test_attacks_are_counted_as_iterations_and_can_be_ended_at_each(
+    most: int, batch: int, parts: int, task: Task, trained: State
+) -> None:
+    """One step for fgsm and forty for pgd, of each batch that as many examples are in training."""
+    ticks: list[int] = []
+
+    def tick(iterations: int) -> None:
+        ticks.append(iterations)
+        if len(ticks) == stop:
+            raise KeyboardInterrupt
+
+    stop, attacks = 0, [Attack("fgsm", 0.1), Attack("pgd", 0.1), Attack("pgd", 0.0)]
+    prepared = attack.prepare(task, attacks, most, batch_size=batch, tick=tick)
+    assert not any(ticks)
+    found = prepared.measure(trained)
+    assert sum(ticks) == prepared.iterations == parts * (1 + attack.STEPS)
+    assert ticks.count(0) > attack.STEPS, "asked at each step"
+    stop = len(ticks) + attack.STEPS // 2
+    with pytest.raises(KeyboardInterrupt):
+        prepared.measure(trained)
+    stop = 0
+    assert prepared.measure(trained) == found
+
+
 def test_weights_are_those_given_and_the_network_is_left_alone(task: Task, trained: State) -> None:
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
-    measure = attack.prepare(task, [Attack("fgsm", 0.3)], 1000)
+    measure = attack.prepare(task, [Attack("fgsm", 0.3)], 1000).measure
     zeros = {name: torch.zeros_like(value) for name, value in trained.items()}
     assert measure(zeros)["clean"] == measure(zeros)["fgsm:0.3"] == 0.25  # always the first of four classes
     assert measure(trained) == measure(trained) != measure(zeros)
@@ -116,7 +145,7 @@ def test_networks_are_attacked_in_evaluation_mode(make_task: Callable[..., Task]
     task = make_task(Recurrent)
     weights = {name: value * (4 if name == "fc.weight" else 1) for name, value in task.fresh(3).items()}
     weights["norm.running_mean"] += 0.1
-    found = attack.prepare(task, [Attack("fgsm", 0.5), Attack("pgd", 0.5)], 1000)
+    found = attack.prepare(task, [Attack("fgsm", 0.5), Attack("pgd", 0.5)], 1000).measure
     once = found(weights)
     assert found(weights) == once, "nothing is drawn"
     net = task.model.eval()
@@ -136,7 +165,8 @@ def test_a_channel_of_an_image_has_a_range_of_its_own(make_task: Callable[..., T
     weights = task.fresh(0)
     attacks = [Attack("fgsm", 0.6), Attack("pgd", 0.6)]
     said: list[str] = []
-    found = attack.prepare(task, attacks, 1000, note=said.append)(weights)
+    prepared = attack.prepare(task, attacks, 1000, note=said.append)
+    found = prepared.measure(weights)
     net = task.model.eval()
     net.load_state_dict(weights)
     assert found["fgsm:0.6"] == pytest.approx(by_hand(net, test, 0.6, 1, 0.6))
@@ -144,6 +174,8 @@ def test_a_channel_of_an_image_has_a_range_of_its_own(make_task: Callable[..., T
     low, high = attack._range(test.inputs)
     assert low.shape == high.shape == (3, 1, 1)
     assert low.ravel()[2] == 2 and high.ravel()[2] == pytest.approx(2, abs=1e-6)
+    assert prepared.examples == 60
+    assert prepared.inputs == pytest.approx((float(test.inputs.numpy().min()), float(test.inputs.numpy().max())))
     assert said == [
         f"attacked are 60 test examples, inputs from {test.inputs.min():.4g} to {test.inputs.max():.4g};"
         " epsilon is in these units"
@@ -186,13 +218,13 @@ def test_inputs_by_name(make_task: Callable[..., Task]) -> None:
     named = Split({"values": test.inputs, "labels": test.targets}, test.targets)
     attacks = [Attack("fgsm", 0.1), Attack("pgd", 0.3)]
     weights = plain.fresh(0)
-    found = attack.prepare(make_task(Named, data=Data(named, named, named)), attacks, 50)(weights)
-    assert found == attack.prepare(plain, attacks, 50)(weights)
+    found = attack.prepare(make_task(Named, data=Data(named, named, named)), attacks, 50).measure(weights)
+    assert found == attack.prepare(plain, attacks, 50).measure(weights)
 
 
 def test_outputs_of_any_kind_that_hold_scores(make_task: Callable[..., Task]) -> None:
     task = make_task(Dicts)
-    assert attack.prepare(task, [Attack("fgsm", 0.1)], 50)(task.fresh(0)).keys() == {"clean", "fgsm:0.1"}
+    assert attack.prepare(task, [Attack("fgsm", 0.1)], 50).measure(task.fresh(0)).keys() == {"clean", "fgsm:0.1"}
 
 
 @pytest.mark.parametrize(
@@ -238,6 +270,21 @@ def test_without_the_library(task: Task, monkeypatch: pytest.MonkeyPatch) -> Non
         attack.prepare(task, [Attack("fgsm", 0.1)], 50)
 
 
+def test_an_evaluation_counts_its_attacks_but_for_networks_that_failed(
+    make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket]
+) -> None:
+    task = make_task()
+    tickets = [make_ticket(task, seed=seed) for seed in range(2)]
+    tickets[1] = replace(tickets[1], init={name: value * 1e30 for name, value in tickets[1].init.items()})
+    told: dict[str, list[int]] = {"begin": [], "tick": [], "skip": []}
+    design = Design(tickets=tickets, trials=1, attacks=[Attack("pgd", 0.1), Attack("fgsm", 0.1)], attack_examples=20)
+    counted = {name: each.append for name, each in told.items()}
+    found = evaluate(design, task, make_train(), first_seed=0, **counted)
+    assert len(found.attacks["pgd:0.1"].arms["ticket"].values) == 1  # and not two
+    begin, tick, skip = (sum(each) for each in told.values())
+    assert begin == 2 * 4 * (12 + 2 * (40 + 1)) == tick + skip and skip  # batches of 16
+
+
 def test_comparisons_are_of_replicates() -> None:
     """Trials are averaged within a replicate; the interval is Welch's, by scipy."""
     from scipy import stats
@@ -253,9 +300,11 @@ def test_comparisons_are_of_replicates() -> None:
 def test_the_command(command: Callable[..., Any]) -> None:
     small = ["--iterations", "60", "--rounds", "2", "--replicates", "2", "--set", "train.eval_every=30"]
     assert command("search", *small).code == 0
-    asked = ["eval", "--round", "2", "--trials", "1", "--attack", "fgsm:0.05", "--attack", "pgd:0.05"]
+    asked = ["eval", "--round", "2", "--trials", "1", "--attack", "pgd:0.05", "--attack", "fgsm:0.05"]
     found = command(*asked, "--json").json
-    assert [*found["attacks"]] == ["clean", "fgsm:0.05", "pgd:0.05"]
+    assert [*found["attacks"]] == ["clean", "fgsm:0.05", "pgd:0.05"], "by kind, and not as they are given"
+    assert (found["attack_examples"], found["attack_range"]) == (400, [0, 1]), "all of digits.npz"
+    assert found["seed"] == 2, "behind those of the search's two replicates"
     for attacked in found["attacks"].values():
         assert attacked["arms"].keys() == found["arms"].keys() == {"dense", "ticket", "reinit", "random"}
         assert [c["other"] for c in attacked["comparisons"]] == ["dense", "reinit", "random"]
@@ -263,6 +312,8 @@ def test_the_command(command: Callable[..., Any]) -> None:
         clean, fgsm, pgd = (np.array(a["arms"][arm]["values"]) for a in found["attacks"].values())
         assert clean == pytest.approx(stats["accuracy_end"]["values"]), "the weights after the last iteration"
         assert (pgd <= fgsm).all() and (fgsm < clean).all()
+    few = command(*asked, "--attack-examples", "40", "--json").json
+    assert few["attack_examples"] == 40
     few = command(*asked, "--attack-examples", "40")
     assert "fgsm:0.05" in few.out and "ticket above it by" in few.out
     for bad in ("fgsm", "fgsm:-1", "fgsm:nan", "cw:0.1", "pgd:much"):

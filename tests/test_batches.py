@@ -48,6 +48,13 @@ def test_draws_belong_to_the_same_iterations_whatever_the_start():
     assert torch.equal(tail, whole[257:])
 
 
+def test_draws_have_seeds_of_their_own():
+    """Those of the order would tie what is done to an image to its place in it."""
+    generators = [torch.Generator().manual_seed(derived_seed(4, "augment", epoch)) for epoch in (0, 1)]
+    expected = torch.cat([torch.randint(2**31, (30, 3), generator=generator) for generator in generators])
+    assert torch.equal(torch.cat([*Order(4, 20, 0, 3).draws(30, 3)]).flatten(0, 1), expected)
+
+
 def test_seeds_of_purposes_are_unrelated_and_fit_every_generator():
     made = {derived_seed(seed, purpose, n) for seed in range(5) for purpose in ("order", "read") for n in range(5)}
     assert len(made) == 50
@@ -79,6 +86,14 @@ def test_only_the_inputs_asked_for():
 )
 def test_outputs_follow_from_the_targets(targets, outputs):
     assert Data(*[Split(torch.zeros(3, 2), targets)] * 3).outputs == outputs
+
+
+@pytest.mark.parametrize(
+    ("targets", "share"),
+    [(torch.tensor([0, 4, 1, 4, 4]), 0.6), (torch.zeros(3), None), (torch.zeros(3, 7, dtype=torch.int64), None)],
+)
+def test_the_share_of_the_most_frequent_label(targets, share):
+    assert Split(torch.zeros(len(targets), 2), targets).most_frequent == share
 
 
 def test_seeded_leaves_no_trace():

@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 
 from ticketfind import beside, claims
-from ticketfind.claims import DOES_NOT, HOLDS, NOT_TESTED, UNDECIDED, Evaluated, Findings
-from ticketfind.results import Round, Spread, Stats
+from ticketfind.claims import DOES_NOT, HOLDS, NOT_TESTED, UNDECIDED, Findings
+from ticketfind.results import Evaluated, Round, Spread, Stats
 
 JITTER = (-0.002, 0.0, 0.002, 0.001, -0.001)
 

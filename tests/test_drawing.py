@@ -887,6 +887,35 @@ def test_each_arm_in_step_is_looked_at_each_time(
     assert asked == [(4, 0), (4, 1), (8, 0), (8, 1), (12, 0), (12, 1)]
 
 
+def test_arms_in_step_end_when_all_have_enough(
+    make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    """When all have enough; looks are counted from where they begin."""
+    task, asked = make_task(), list[int]()
+
+    def enough(arm: Arm, look: Look) -> bool:
+        asked.append(look.at)
+        return look.at >= 2 + 3 * (arm.replicate + 1)
+
+    arms = [Arm(f"a{seed}", task.start(seed), {}, seed, first=2, replicate=seed) for seed in range(2)]
+    watched = Watched(every=3, enough=enough)
+    for _, outcome in fit(arms, task, make_train(), way=way_of("stacked"), watched=watched):
+        assert isinstance(outcome, Outcome) and [point.iteration for point in outcome.points] == [8]
+    assert asked == [5, 5, 8, 8]
+
+
+def test_an_arm_that_fails_beside_one_that_has_enough_leaves_the_rest_of_the_whole(
+    make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    task, skipped = make_task(), list[int]()
+    starts = [{name: value * factor for name, value in task.start(0).items()} for factor in (1e30, 1)]
+    arms = [Arm(f"a{number}", start, {}, 0, replicate=number) for number, start in enumerate(starts)]
+    watched = Watched(every=4, enough=lambda arm, look: True)
+    found = [o for _, o in fit(arms, task, make_train(), way=way_of("stacked"), watched=watched, skip=skipped.append)]
+    assert isinstance(found[0], Failed) and isinstance(found[1], Outcome)
+    assert found[0].left == 12 - 4 and skipped == [8]
+
+
 @pytest.mark.parametrize(
     ("settings", "apart", "places"),
     [

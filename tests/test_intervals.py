@@ -41,3 +41,12 @@ def test_no_spread() -> None:
     assert found is not None and found.bounds == (0.25, 0.25)
     found, half = intervals.of_difference([0.5, 0.5], [0.25, 0.25], least=0.01), stats.t.ppf(0.975, 2) * 0.01
     assert found is not None and found.bounds == pytest.approx((0.25 - half, 0.25 + half))
+
+
+def test_little_spread_counts_as_the_least() -> None:
+    """Two steps of 0.002 apart; the other side's own spread is larger, and stays."""
+    a, b, least = [0.5, 0.502], [0.2, 0.3], 0.01
+    found, sd = intervals.of_difference(a, b, least=least), np.std(b, ddof=1)
+    terms = np.array([least**2 / 2, sd**2 / 2])
+    half = stats.t.ppf(0.975, terms.sum() ** 2 / (terms**2).sum()) * terms.sum() ** 0.5
+    assert found is not None and found.bounds == pytest.approx((0.251 - half, 0.251 + half))

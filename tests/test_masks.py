@@ -94,6 +94,13 @@ def test_plan_stops(rounds, until, expected):
     assert masks.plan({"w": 100}, [Group(("w",), 0.2)], rounds, until) == expected
 
 
+@pytest.mark.parametrize(("size", "percent"), [(100, 29), (430_500, 57), (360, 35), (100, 50)])
+def test_plan_stops_at_exactly_the_share_that_was_asked_for(size, percent):
+    """In floating point 0.29 * 100 is less than 29, but 29 / 100 is what 0.29 is read as."""
+    fraction = (100 - percent) / 100
+    assert masks.plan({"w": size}, [Group(("w",), fraction)], None, percent / 100) == [size, size * percent // 100]
+
+
 def test_plan_counts_whole_tensors_as_remaining():
     assert masks.plan({"w": 10, "whole": 90}, [Group(("w",), 0.5)], 1, None) == [100, 95]
 
@@ -137,11 +144,17 @@ def test_random_masks_are_uniform():
     assert (hits - 0.25).abs().max() < 5 * (0.25 * 0.75 / 800) ** 0.5
 
 
+def test_random_masks_of_tensors_of_one_shape_are_independent():
+    drawn = masks.random_like({name: torch.arange(400) < 200 for name in ("a", "b")}, seed=0)
+    assert masks.compare({"w": drawn["a"]}, {"w": drawn["b"]})["w"].agreement == pytest.approx(0, abs=5 / 400**0.5)
+
+
 def test_counting():
-    kept = {"a": torch.tensor([True, False, False, False]), "b": torch.ones(2, 2, dtype=torch.bool)}
-    assert masks.count(kept) == 5
-    assert masks.remaining(kept) == 5 / 8
-    whole = masks.dense({"a": (4,), "b": (2, 2)})
+    """Over all weights, not the mean of the tensors' shares."""
+    kept = {"a": torch.tensor([True, False, False, False]), "b": torch.ones(3, 2, dtype=torch.bool)}
+    assert masks.count(kept) == 7
+    assert masks.remaining(kept) == 7 / 10
+    whole = masks.dense({"a": (4,), "b": (3, 2)})
     assert all(masks.nested_in(kept[name], whole[name]) for name in kept)
     assert not masks.nested_in(torch.tensor([True, True, False, False]), kept["a"])
 

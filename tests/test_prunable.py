@@ -49,6 +49,20 @@ def test_each_parameter_is_pruned_or_not_for_a_reason(name, pruned, reason):
     assert found[name] == (pruned, reason)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(2, 2, 2), nn.Conv2d(2, 2, 2), nn.Conv3d(2, 2, 2), nn.Bilinear(2, 2, 2),
+        nn.ConvTranspose1d(2, 2, 2), nn.ConvTranspose2d(2, 2, 2), nn.ConvTranspose3d(2, 2, 2),
+        nn.RNN(2, 2), nn.GRU(2, 2, num_layers=2), nn.LSTM(2, 4, proj_size=2), nn.RNNCell(2, 2), nn.LSTMCell(2, 2),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)  # fmt: skip
+def test_the_weights_of_every_kind_of_layer_are_pruned_and_no_bias(layer):
+    found = {c.name: c.pruned for c in prunable.candidates(layer)}
+    assert found == {name: "bias" not in name for name, _ in layer.named_parameters()}
+
+
 def test_candidates_are_all_parameters_with_their_shapes_in_order():
     zoo = Zoo()
     assert [(c.name, c.shape) for c in prunable.candidates(zoo)] == [

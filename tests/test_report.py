@@ -1,6 +1,7 @@
 """The report: its numbers parsed back and compared with the log's and evaluations'; nothing comes from elsewhere."""
 
 import builtins
+import dataclasses
 import itertools
 import json
 import re
@@ -14,15 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from ticketfind import TicketfindError, charts, figures, intervals, movement, report, results
+from ticketfind import TicketfindError, attack, charts, figures, intervals, movement, report, results
 from ticketfind.arms import Task
-from ticketfind.claims import Evaluated
 from ticketfind.recipe import Recipe
-from ticketfind.results import Round
+from ticketfind.results import Evaluated, Round
 from ticketfind.rundir import RunDir
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -198,10 +199,11 @@ def test_the_figures_that_there_are_numbers_for(shown: report.Written) -> None:
 
 ATTACKED = attacked(
     **{
+        "pgd:0.1": {"ticket": (0.2, 0.98), "dense": (0.1, 0.12)},
         "clean": {"ticket": (0.7, 0.72), "dense": (0.6, 0.64), "reinit": (0.5, 0.5)},
         "fgsm:0.1": {"ticket": (0.4, 0.5), "dense": (0.3, 0.36)},
+        "fgsm:1e-05": {"ticket": (0.7, 0.7)},
         "fgsm:0.05": {"ticket": (0.6, 0.61), "dense": (0.5, 0.51)},
-        "pgd:0.1": {"ticket": (0.2, 0.98), "dense": (0.1, 0.12)},
     }
 )
 
@@ -214,16 +216,20 @@ def test_accuracy_under_attack_is_drawn_and_told(run: RunDir) -> None:
     drawn = {path.stem: path.read_text(encoding="utf-8") for path in written.figures if path.suffix == ".svg"}
     ticket, dense = points(drawn["fgsm"], "line-0-ticket"), points(drawn["fgsm"], "line-0-dense")
     assert "line-0-reinit" not in drawn["fgsm"]  # it was not attacked so
-    for axis, values in enumerate(([0, 0.05, 0.1, 0, 0.05, 0.1], [0.71, 0.605, 0.45, 0.62, 0.505, 0.33])):
+    epsilons = [0, 1e-5, 0.05, 0.1, 0, 0.05, 0.1]
+    for axis, values in enumerate((epsilons, [0.71, 0.7, 0.605, 0.45, 0.62, 0.505, 0.33])):
         at = np.concatenate([ticket, dense])[:, axis]
         slope, start = np.polyfit(values, at, 1)
         assert np.abs(slope * np.array(values) + start - at).max() < 0.01
     assert len(points(drawn["pgd"], "line-0-ticket")) == 2
 
     table = Page(written.page.read_text(encoding="utf-8")).tables["attacks-3"]
-    assert table[0] == ["", "ticket", "dense", "reinit"]
-    assert [row[0] for row in table[1:]] == [*ATTACKED]
-    assert table[2] == ["fgsm:0.1", "45.00 ± 7.07", "33.00 ± 4.24", ""]
+    assert table[0] == ["", "ticket", "dense", "reinit", "ticket above dense by"]
+    assert [row[0] for row in table[1:]] == ["clean", "fgsm:1e-05", "fgsm:0.05", "fgsm:0.1", "pgd:0.1"]
+    assert table[2] == ["fgsm:1e-05", "70.00 ± 0.00", "", "", ""]
+    welch = scipy.stats.ttest_ind([40, 50], [30, 36], equal_var=False).confidence_interval(0.95)
+    assert table[4][:4] == ["fgsm:0.1", "45.00 ± 7.07", "33.00 ± 4.24", ""]
+    assert table[4][4] == f"+12.00 ({welch.low:+.2f} to {welch.high:+.2f})"
 
 
 def test_bands_of_accuracy_end_at_a_hundred_percent_and_at_none() -> None:
@@ -236,10 +242,30 @@ def test_bands_of_accuracy_end_at_a_hundred_percent_and_at_none() -> None:
     assert (line.low, line.high) == ([0.0, 0.0], [100.0, 100.0])
 
 
-def test_attacks_that_no_arm_has_all_of_have_no_figure() -> None:
+def test_an_attack_that_no_arm_has_has_no_figure() -> None:
     half = results.Spread.of([0.5, 0.6])
-    at = Evaluated(1, 0.5, {}, {"clean": {"ticket": half}, "pgd:1": {"dense": half}})
+    at = Evaluated(1, 0.5, {}, {"clean": {"ticket": half}, "pgd:1": {"against": half}, "fgsm:1": {}})
     assert [*charts._under_attack([at], "")] == []
+
+
+def test_the_caption_says_which_examples_were_attacked() -> None:
+    attacks = {"pgd:1": {"ticket": results.Spread.of([0.5, 0.6])}}
+    some, few = (Evaluated(1, share, {}, attacks, n, (-1, 2.5)) for share, n in ((0.5, 1000), (0.25, 40)))
+    said = "the same {} test examples (inputs from -1 to 2.5)"
+    for found, expected in (
+        ([some], f"Of {said.format('1,000')}, changed"),
+        ([some, dataclasses.replace(some, remaining=0.1)], f"Of {said.format('1,000')}, changed"),
+        ([some, few], f"Of {said.format('1,000')} at 50 % of the weights, {said.format('40')} at 25 % of the weights,"),
+        ([Evaluated(1, 0.5, {}, attacks)], "Of the same test examples, changed"),
+    ):
+        (chart,) = charts._under_attack(found, "")
+        assert chart.caption.startswith(expected)
+
+
+def test_the_title_says_how_pgd_goes() -> None:
+    at = Evaluated(1, 0.5, {}, {"pgd:1": {"ticket": results.Spread.of([0.5, 0.6])}})
+    (chart,) = charts._under_attack([at], "")
+    assert f"{attack.STEPS} steps of epsilon / {1 / attack.STEP:g} " in chart.title
 
 
 def bands(svg: str) -> list[np.ndarray]:
@@ -283,20 +309,88 @@ def test_only_bands_of_accuracies_are_cut(run: RunDir, changes: dict[str, str]) 
         assert heights.max() == pytest.approx(high[place], abs=1e-3)
 
 
-def test_the_newest_attacks_are_drawn_and_none_is_drawn_once(run: RunDir) -> None:
+LEVELS = {"attack_examples": 400, "attack_range": [0.0, 1.0], "trials": 2, "seed": 7}
+"""The settings of an evaluation."""
+
+
+def under_attack(run: RunDir, *evaluations: dict[str, Any]) -> tuple[report.Written, dict[str, np.ndarray], Page]:
+    """A report with evaluations of round 3, oldest first; the ticket's line in each figure that has one; the page."""
     arms = {"dense": stats(0.7, 0.72), "ticket": stats(0.71, 0.73)}
+    for day, more in enumerate(evaluations, 2):
+        (run.evals_folder / f"03-2026010{day}T000000.json").write_text(evaluation(0.343, more, **arms))
+    written = report.write(run)
+    drawn = {path.stem: path.read_text(encoding="utf-8") for path in written.figures if path.suffix == ".svg"}
+    lines = {name: points(drawn[name], "line-0-ticket") for name in ("fgsm", "pgd") if name in drawn}
+    return written, lines, Page(written.page.read_text(encoding="utf-8"))
+
+
+def test_attacks_of_several_days_stand_together(run: RunDir) -> None:
+    first = attacked(
+        clean={"ticket": (0.9, 0.9), "one-shot": (0.7, 0.7), "against": (0.6, 0.6)},
+        **{
+            "fgsm:0.2": {"ticket": (0.3, 0.3), "one-shot": (0.2, 0.2), "against": (0.1, 0.1)},
+            "pgd:0.3": {"ticket": (0.2, 0.2)},
+        },
+    )
+    second = attacked(
+        clean={"ticket": (0.9, 0.9)}, **{"fgsm:0.1": {"ticket": (0.6, 0.6)}, "pgd:0.3": {"ticket": (0.25, 0.25)}}
+    )
+    other = LEVELS | {"attacks": attacked(clean={"ticket": (0, 0)}, **{"pgd:0.3": {"ticket": (0, 0)}}), "seed": 8}
+    written, lines, page = under_attack(run, LEVELS | {"attacks": first}, other, LEVELS | {"attacks": second})
+    assert [row[:3] for row in page.tables["attacks-3"]] == [
+        ["", "ticket", "one-shot"],  # and no other ticket's
+        ["clean", "90.00 ± 0.00", "70.00 ± 0.00"],
+        ["fgsm:0.1", "60.00 ± 0.00", ""],
+        ["fgsm:0.2", "30.00 ± 0.00", "20.00 ± 0.00"],
+        ["pgd:0.3", "25.00 ± 0.00", ""],
+    ]
+    assert written.notes == []  # what is superseded is not missed
+    drawn = lines["fgsm"]
+    for axis, values in enumerate((np.array([0, 0.1, 0.2]), np.array([0.9, 0.6, 0.3]))):
+        slope, start = np.polyfit(values, drawn[:, axis], 1)
+        assert np.abs(slope * values + start - drawn[:, axis]).max() < 0.01
+    (caption,) = [str(tag["aria-label"]) for name, tag in page.tags if name == "table" and tag["id"] == "attacks-3"]
+    assert "on the same 400 test examples (inputs from 0 to 1)," in caption
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"attack_examples": 40}, "examples 40, not 400."),
+        ({"trials": 1, "seed": 5}, "trials 1, not 2; seed 5, not 7."),
+        ({"attack_examples": None}, "examples not known."),
+    ],
+)
+def test_attacks_that_do_not_compare_are_left_out_and_it_is_said(
+    run: RunDir, changes: dict[str, int | None], says: str
+) -> None:
     older = attacked(clean={"ticket": (0.9, 0.9)}, **{"pgd:0.3": {"ticket": (0.3, 0.3)}})
     newer = attacked(
         clean={"ticket": (0.8, 0.8)}, **{"fgsm:0.2": {"ticket": (0.1, 0.1)}, "fgsm:0": {"ticket": (0.8, 0.8)}}
     )
-    for day, levels in ((2, older), (3, newer)):
-        (run.evals_folder / f"03-2026010{day}T000000.json").write_text(evaluation(0.343, {"attacks": levels}, **arms))
-    written = report.write(run)
-    drawn = {path.stem: path.read_text(encoding="utf-8") for path in written.figures if path.suffix == ".svg"}
-    assert "pgd" not in drawn
-    assert len(points(drawn["fgsm"], "line-0-ticket")) == 2
-    table = Page(written.page.read_text(encoding="utf-8")).tables["attacks-3"]
-    assert [row[0] for row in table[1:]] == ["clean", "fgsm:0.2", "fgsm:0"]
+    written, lines, page = under_attack(
+        run, LEVELS | changes | {"attacks": older}, LEVELS | {"attacks": newer}, LEVELS | {"attacks": {}}
+    )
+    assert [*lines] == ["fgsm"] and len(lines["fgsm"]) == 2  # none is drawn once
+    assert [row[:2] for row in page.tables["attacks-3"][1:]] == [
+        ["clean", "80.00 ± 0.00"],
+        ["fgsm:0", "80.00 ± 0.00"],
+        ["fgsm:0.2", "10.00 ± 0.00"],
+    ]
+    (note,) = written.notes
+    assert note == f"Round 3: pgd:0.3 of an earlier evaluation cannot stand beside the newest and is left out: {says}"
+    assert note in page.text
+
+
+def test_evaluations_that_do_not_say_their_settings_stand_alone(run: RunDir) -> None:
+    """Those of earlier versions: whether two are of the same examples is not known, though both say as little."""
+    older, newer = (
+        {"trials": 2, "attacks": attacked(clean={"ticket": (0.9, 0.9)}, **{name: {"ticket": (0.3, 0.3)}})}
+        for name in ("fgsm:0.1", "fgsm:0.2")
+    )
+    written, lines, page = under_attack(run, older, newer)
+    assert [row[0] for row in page.tables["attacks-3"][1:]] == ["clean", "fgsm:0.2"] and len(lines["fgsm"]) == 2
+    assert written.notes[0].endswith("left out: examples not known; seed not known.")
 
 
 def test_the_same_run_gives_the_same_report(shown: report.Written, searched: Path) -> None:
@@ -437,6 +531,8 @@ def test_a_run_without_a_finished_round(run: RunDir) -> None:
         ("03-x.json", evaluation(0.5, ticket=stats(0.5, 0.6) | {"early_stop": {"values": [1]}}), "as many values"),
         ("03-x.json", evaluation(0.5, ticket=stats(0.5, 1e15)), "accuracy_early.values"),
         ("best.json", evaluation(0.5, ticket=stats(0.5, 0.6)), "NN-TIME.json"),
+        ("03-x.json", evaluation(0.5, {"seed": 0.5}, ticket=stats(0.5, 0.6)), "expected whole numbers, or null"),
+        ("03-x.json", evaluation(0.5, {"attack_range": [0]}, ticket=stats(0.5, 0.6)), "attack_range: expected two"),
         ("03-x.json", evaluation(0.5, {"attacks": []}, ticket=stats(0.5, 0.6)), "attacks: expected an object"),
         ("03-x.json", evaluation(0.5, {"attacks": {"clean": {"arms": 3}}}, ticket=stats(0.5, 0.6)), "each with arms"),
         ("03-x.json", evaluation(0.5, {"attacks": attacked(clean={"a": ()})}, ticket=stats(0.5, 0.6)), "a.values"),

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -60,6 +61,7 @@ def test_stats_sum_up_each_quantity_and_are_plain_json():
         ((0.9, 0.8), 1.5, 0.015),  # percentage points
         ((0.9, 0.8), 0.0, 0.0),
         ((0.9,), None, math.sqrt(0.9 * 0.1 / 400)),  # one standard error of a proportion
+        ((0.9, 0.9), None, math.sqrt(0.9 * 0.1 / 400)),  # nor any spread: as with one replicate
         ((1.0,), None, 0.0),
         ((7.5,), None, 0.0),  # a metric that is no proportion
     ],
@@ -68,9 +70,28 @@ def test_tolerance(dense, given, expected):
     assert results.tolerance(stats(*dense), given, test_size=400) == pytest.approx(expected)
 
 
+def test_means_that_are_equal_but_for_rounding_match():
+    """0.8 - 0.1 is more than 0.7 in floating point."""
+    assert results.is_matching(stats(0.7), stats(0.8), 0.1)
+    assert not results.is_matching(stats(0.7 - 1e-6), stats(0.8), 0.1)
+
+
 @pytest.mark.parametrize(("accuracy", "expected"), [(0.95, True), (0.875, True), (0.874, False)])
 def test_matching_is_the_mean_within_the_tolerance(accuracy, expected):
     assert results.is_matching(stats(accuracy), stats(1.0), 0.125) is expected
+
+
+def test_several_trainings_of_a_replicate_count_as_their_mean():
+    found = results.average([measured(0.5, 0.4, 1.0, 100), measured(0.7, 0.5, 3.0, 300)])
+    assert dataclasses.astuple(found) == pytest.approx((200, 0.6, 0.45, 2.0))
+    assert results.average([measured(0.5, loss=1.0), measured(0.7, loss=None)]).validation_loss is None
+
+
+@pytest.mark.parametrize(("accuracy", "expected"), [(0.1, True), (0.1299, True), (0.1301, False)])
+def test_chance_is_left_behind_by_two_standard_errors(accuracy, expected):
+    """One standard error of 10 % over 400 examples is 1.5 points."""
+    assert results.is_chance(Stats.of([measured(accuracy, end=0.12)]), 0.1, 400) is expected
+    assert results.is_chance(stats(0.1), 0.1, None) and not results.is_chance(stats(0.1001), 0.1, None)
 
 
 def log(rounds):
@@ -104,6 +125,19 @@ def test_rounds_of_a_log():
 def test_the_best_replicate_is_chosen_without_the_test_set():
     (dense,) = results.rounds_of(log({0: [(0.99, 2.0), (0.5, 1.0)]}), replicates=2, given_tolerance=None)
     assert dense.best_replicate == 1
+    (dense,) = results.rounds_of(log({0: [(0.5, 1.0), (0.99, 1.0)]}), replicates=2, given_tolerance=None)
+    assert dense.best_replicate == 0  # the first of equals
+
+
+def test_a_replicate_that_fails_is_missing_from_its_round_on():
+    lines = log({0: [(0.8, 1), (0.9, 1), (1.0, 1)], 1: [(0.0, 0), (0.7, 1), (0.9, 1)], 2: [(0, 0), (0.6, 1), (0.7, 1)]})
+    lines = [line for line in lines if line["round"] == 0 or line["replicate"] > 0]
+    lines.append({"round": 1, "replicate": 0, "failed": "the loss is not finite"})
+    rounds = results.rounds_of(lines, replicates=3, given_tolerance=None)
+    assert [r.stats.accuracy_early.values for r in rounds] == [(0.8, 0.9, 1.0), (0.7, 0.9), (0.6, 0.7)]
+    assert [r.replicates for r in rounds] == [(0, 1, 2), (1, 2), (1, 2)]
+    assert [dict(r.failed) for r in rounds] == [{}, {0: "the loss is not finite"}, {}]
+    assert [r.matching for r in rounds] == [True, True, False]  # by the spread of all three dense replicates, 0.1
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,13 @@ def test_scores_by_hand(name: str, expected: list[list[float]]) -> None:
     assert scored(SCORES[name], seen(), seed=0)["w"].numpy() == pytest.approx(np.array(expected))
 
 
+def test_a_layers_mean_is_that_of_its_kept_weights() -> None:
+    """Pruned ones, which are zero, would make it the lower the sparser the layer."""
+    kept = {"w": torch.tensor([[True, True], [True, False]])}
+    found = scored(SCORES["magnitude_per_layer"], seen(masks=kept), seed=0)["w"].numpy()
+    assert found == pytest.approx(np.array([[3, 0.5], [1, 0]]) / (4.5 / 3))
+
+
 def test_the_path_length_is_what_was_gathered() -> None:
     path = {"w": torch.tensor([[4.0, 5.0], [0.0, 1.0]])}
     assert torch.equal(scored(SCORES["path_length"], seen(path=path), seed=0)["w"], path["w"])
@@ -269,6 +276,24 @@ def test_synflow_wants_numbers_that_can_be_one() -> None:
     drawing = Drawing(SCORES["synflow"], task, HOW, [Group(("2.weight",), 0.5)], {"2.weight": (2, 6)})
     with pytest.raises(TicketfindError, match="expected inputs that can be ones, found whole numbers"):
         drawing.of_training(Arm("x", task.start(0), {}, 0), task.start(0), task.start(0), None)
+
+
+class Bowl:
+    """A network whose loss is |w|^2 / 2 in each of 400 batches: its gradient is w, its Hessian the identity."""
+
+    def losses(self) -> Iterator[Callable[[Weights], Tensor]]:
+        return itertools.repeat(lambda weights: (weights["w"] ** 2).sum() / 2, 400)
+
+    def flow(self, weights: Weights) -> Tensor:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp"])
+def test_many_batches_add_up_in_half_precision_too(name: str) -> None:
+    """A sum in bfloat16 ends at 256 times what is added to it."""
+    w = {"w": torch.tensor([1.0, -0.5, 2.0], dtype=torch.bfloat16)}
+    whole = {"w": torch.ones(3, dtype=torch.bool)}
+    assert scored(SCORES[name], Seen(w, w, whole, network=Bowl()), seed=0)["w"].tolist() == [1.0, 0.25, 4.0]
 
 
 def test_steps_lead_to_the_count(task: Task) -> None:

@@ -66,7 +66,7 @@ def test_a_difference_has_its_sign_and_zero_none_below(
     screen, text = shown(100)
     stats = Stats(*[Spread(0.5, None, (0.5,))] * 3)
     compared = Comparison("ticket", "dense", difference, interval)
-    found = Evaluation(0.5, None, {"dense": stats}, 1, Verdict("winning", 0.0, (compared,)), ())
+    found = Evaluation(0.5, None, {"dense": stats}, 1, 0, Verdict("winning", 0.0, (compared,)), ())
     answers.show_evaluation(screen, found, {})
     assert text.getvalue().splitlines()[1].endswith(f"  {says}")
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ticketfind import TicketfindError
 from ticketfind.arms import Arm, Outcome, Task, measured
-from ticketfind.batches import Order, derived_seed
+from ticketfind.batches import Data, Order, Split, derived_seed
 from ticketfind.connection import is_disconnected
 from ticketfind.course import Failed
 from ticketfind.devices import EAGER
@@ -230,6 +230,8 @@ def test_dropout_draws_follow_the_arms_seed_and_leave_the_users_generator_alone(
             return self.fc(F.dropout(x, 0.5, self.training))
 
     task = make_task(Dropping)
+    alike = Split(torch.ones(90, 12), torch.zeros(90, dtype=torch.int64))  # in any order
+    task = dataclasses.replace(task, data=dataclasses.replace(task.data, train=alike))
     start, before = task.start(0), torch.get_rng_state()
     one, again, other = (fit_one(Arm("arm", start, {}, seed), task, make_train()).final for seed in (1, 1, 2))
     assert same(one, again) and not same(one, other)
@@ -274,6 +276,13 @@ def test_given_weights_go_over_the_fresh_ones(make_task: Callable[..., Task]) ->
     assert torch.equal(one["fc1.weight"], given["fc1.weight"])
     assert same(one, {**task.fresh(0), **given})
     assert not torch.equal(one["fc2.weight"], other["fc2.weight"])
+
+
+def test_chance_is_that_of_the_test_set(make_task: Callable[..., Task]) -> None:
+    task = make_task()
+    parts = [Split(torch.zeros(10, 12), (torch.arange(10) >= common).long()) for common in (5, 6, 7)]
+    assert dataclasses.replace(task, data=Data(*parts)).chance == 0.7
+    assert dataclasses.replace(task, data=None).chance is None
 
 
 def test_metrics_by_hand() -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy import stats as reference
+from scipy.optimize import brentq
 
 from ticketfind.results import Measured, Stats
 from ticketfind.verdict import margin, replicates_needed, verdict
@@ -83,6 +84,21 @@ def test_matching_is_decided_by_one_sided_tests(shift: float) -> None:
     assert verdict(arms, 0.05, tolerance=0.5, test_size=10_000).text.startswith(expected), (shift, p)
 
 
+@pytest.mark.parametrize(
+    ("p", "expected"), [(0.04, "winning"), (0.06, "inconclusive"), (0.94, "inconclusive"), (0.96, "not matching")]
+)
+def test_each_side_has_five_percent(p: float, expected: str) -> None:
+    """A ticket for which scipy's one-sided Welch test of ticket + margin against dense gives just this p."""
+
+    def excess(shift: float) -> float:
+        shifted = np.array(around(0.975 + shift, 0.006).accuracy_early.values) + 0.005
+        test = reference.ttest_ind(shifted, DENSE.accuracy_early.values, equal_var=False, alternative="greater")
+        return float(test.pvalue) - p
+
+    arms = {"dense": DENSE, "ticket": around(0.975 + brentq(excess, -0.03, 0.03), 0.006), "reinit": LOW, "random": LOW}
+    assert verdict(arms, 0.05, tolerance=0.5, test_size=10_000).text.startswith(expected)
+
+
 @pytest.mark.parametrize("distance", np.linspace(0.0005, 0.012, 9))
 def test_a_control_is_beaten_by_welchs_test(distance: float) -> None:
     ticket, control = around(0.975), around(0.975 - distance, 0.006)
@@ -131,6 +147,23 @@ def test_the_replicates_that_would_decide() -> None:
     arms = {"dense": DENSE, "ticket": around(0.974), "reinit": around(0.968, 0.01), "random": LOW}
     text = verdict(arms, 0.05, tolerance=None, test_size=400).text
     assert text.startswith("inconclusive") and "replicates would decide" in text
+
+
+def test_the_replicates_that_would_decide_about_the_margin() -> None:
+    """The ticket lies 0.7 points below dense and 0.3 above the margin, and that is the gap."""
+    arms = {"dense": DENSE, "ticket": around(0.968, 0.004), "reinit": LOW, "random": LOW}
+    text = verdict(arms, 0.05, tolerance=1, test_size=10_000).text
+    variance = 0.002**2 + 0.004**2
+    count = next(n for n in range(2, 99) if reference.t.ppf(0.975, 2 * n - 2) * (variance / n) ** 0.5 < 0.003)
+    assert text.startswith("inconclusive") and f"about {count} replicates would decide" in text
+
+
+def test_replicates_that_did_not_decide_are_too_few() -> None:
+    """With spreads as unequal as these Welch's interval is wider than the guess, which five would be enough for."""
+    arms = {"dense": DENSE, "ticket": around(0.974, 1e-5), "reinit": around(0.9672, 0.006), "random": LOW}
+    assert replicates_needed(arms["ticket"], arms["reinit"], 0.0068) == 5
+    text = verdict(arms, 0.05, tolerance=0.5, test_size=10_000).text
+    assert text.startswith("inconclusive") and "about 6 replicates would decide" in text
 
 
 # ------------------------------------------------------------------------------- where the truth is known

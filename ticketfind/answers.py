@@ -24,6 +24,7 @@ def evaluation_json(found: "Evaluation", ticket: str, data: str, seconds: float)
         "remaining": found.remaining,
         "against": found.against,
         "trials": found.trials,
+        "seed": found.seed,
         "arms": {name: stats.json() for name, stats in found.arms.items()},
         "comparisons": [asdict(comparison) for comparison in found.verdict.comparisons],
         "attacks": {
@@ -33,6 +34,8 @@ def evaluation_json(found: "Evaluation", ticket: str, data: str, seconds: float)
             }
             for name, attacked in found.attacks.items()
         },
+        "attack_examples": found.attack_examples,
+        "attack_range": found.attack_range,
         "margin": found.verdict.margin,
         "verdict": found.verdict.text,
         "notes": list(found.notes),

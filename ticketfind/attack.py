@@ -1,6 +1,7 @@
 """Accuracy under attack: test inputs changed a little, so that a trained network takes them for something else."""
 
 import copy
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from ticketfind import TicketfindError
 from ticketfind.arms import Note, State, Task
 from ticketfind.batches import Order, chunk_size
 from ticketfind.examples import TARGET_KEYS
+from ticketfind.forks import Tick
 from ticketfind.outputs import call, predictions
 from ticketfind.results import Spread
 from ticketfind.specs import one_line
@@ -66,41 +68,63 @@ class Attacked:
         return cls(arms, tuple(Comparison.of(arms, "ticket", other, least=1 / examples) for other in others))
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Attacks made ready."""
+
+    examples: int
+    """Test examples that are attacked, the same for all networks."""
+    inputs: tuple[float, float]
+    """The lowest and the highest of their inputs: epsilon is in these units."""
+    iterations: int
+    """What to attack one network takes, counted as iterations of a training with as many examples."""
+    measure: Callable[[State], dict[str, float]]
+    """From trained weights to accuracies (fractions) on these examples: CLEAN, and under each attack by its name."""
+
+
 class _Scores(nn.Module):
     """A network as attacks take one: inputs [b, ...] -> scores [b, classes]."""
 
-    def __init__(self, net: nn.Module, name: str | None) -> None:
-        """name: of the argument that the inputs are passed by."""
+    def __init__(self, net: nn.Module, name: str | None, tick: Tick) -> None:
+        """name: of the argument that the inputs are passed by. tick: as `prepare` has it."""
         super().__init__()
-        self.net, self.name = net, name
+        self.net, self.name, self.tick = net, name, tick
         self.is_recurrent = any(isinstance(module, nn.RNNBase) for module in net.modules())
 
     def forward(self, inputs: Tensor) -> Tensor:
+        self.tick(0)
         # cuDNN's recurrent layers have gradients in training mode only
         with torch.backends.cudnn.flags(enabled=False) if self.is_recurrent else nullcontext():
             return predictions(call(self.net, inputs if self.name is None else {self.name: inputs})).float()
 
 
 def prepare(
-    task: Task, attacks: Sequence[Attack], most: int, *, batch_size: int = _BATCH, note: Note = lambda text: None
-) -> Callable[[State], dict[str, float]]:
-    """A function from trained weights to accuracies (fractions): CLEAN, and under each attack by its name.
+    task: Task,
+    attacks: Sequence[Attack],
+    most: int,
+    *,
+    batch_size: int = _BATCH,
+    note: Note = lambda text: None,
+    tick: Tick = lambda n: None,
+) -> Prepared:
+    """Attacks of networks, all on the same test examples: `most` of them, drawn once, or all if there are fewer.
 
-    All are measured on the same test examples: `most` of them, drawn once for all networks, or all if there are fewer.
     Attacked inputs stay within the range of these examples' inputs, which `note` is told. batch_size: of the training,
-    which has fitted into memory. Raises TicketfindError where the library that attacks is not installed, and where
+    which has fitted into memory. tick: told of iterations done, and at every call of a network; may raise, to end it
+    all. Raises TicketfindError where the library that attacks is not installed, and where
     these are no inputs, labels and network that it could attack.
     """
     _check_library()
     name, inputs, targets = _examples(task, most)
-    net = copy.deepcopy(task.model)
-    scores = _Scores(net, name).eval()
+    net = copy.deepcopy(task.model).requires_grad_(False)
+    scores = _Scores(net, name, tick).eval()
     x, y = inputs.cpu().numpy(), targets.cpu().numpy()
     size = min(_BATCH, chunk_size(batch_size, inputs))
     with _in_one_line():  # before anything is trained, and with few examples
         victim = _victim(scores, inputs, targets)
         _method(Attack("fgsm", 1.0), victim, size).generate(x[:2], y[:2])
-    note(f"attacked are {len(y)} test examples, inputs from {x.min():.4g} to {x.max():.4g}; epsilon is in these units")
+    low, high = float(x.min()), float(x.max())
+    note(f"attacked are {len(y)} test examples, inputs from {low:.4g} to {high:.4g}; epsilon is in these units")
 
     def accuracy(given: Tensor) -> float:
         parts = zip(torch.split(given, size), torch.split(targets, size), strict=True)
@@ -110,14 +134,25 @@ def prepare(
     def attacked(attack: Attack) -> Tensor:
         if not attack.epsilon:  # nothing is allowed, which the library refuses
             return inputs
-        return torch.from_numpy(_method(attack, victim, size).generate(x, y)).to(inputs.device)
+        found = []
+        for first in range(0, len(y), size):
+            part = slice(first, first + size)
+            found.append(torch.from_numpy(_method(attack, victim, size).generate(x[part], y[part])))
+            scores.tick(_iterations(attack, len(found[-1]), batch_size))
+        return torch.cat(found).to(inputs.device)
 
-    def accuracies(trained: State) -> dict[str, float]:
+    def measure(trained: State) -> dict[str, float]:
         net.load_state_dict(trained, strict=False)
         with _in_one_line():
             return {CLEAN: accuracy(inputs), **{str(attack): accuracy(attacked(attack)) for attack in attacks}}
 
-    return accuracies
+    parts = [min(size, len(y) - first) for first in range(0, len(y), size)]
+    iterations = sum(_iterations(attack, part, batch_size) for attack in attacks for part in parts if attack.epsilon)
+    return Prepared(len(y), (low, high), iterations, measure)
+
+
+def _iterations(attack: Attack, examples: int, batch_size: int) -> int:
+    return (STEPS if attack.kind == "pgd" else 1) * math.ceil(examples / batch_size)
 
 
 @contextmanager

@@ -5,11 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ticketfind import TicketfindError, intervals, results
-from ticketfind.claims import Evaluated
 from ticketfind.figures import COLORS, SERIES, Chart, Limits, Line, Panel
 from ticketfind.movement import Movement
 from ticketfind.recipe import Recipe
-from ticketfind.results import Round, Spread
+from ticketfind.results import Evaluated, Round, Spread
 
 CONTROLS = ("reinit", "random", "one-shot", "init-magnitude")
 """Arms that stand beside the ticket at a share of the weights."""
@@ -224,29 +223,37 @@ def _against_noise(at: Evaluated, prefix: str, key: str, title: str, factor: flo
     return Panel(lines, title, level=level, limits=limits)
 
 
-_ATTACKS = {"fgsm": "one step along the gradient's sign (FGSM)", "pgd": "projected gradient descent (PGD)"}
+_ATTACKS = {
+    "fgsm": "one step along the gradient's sign (FGSM)",
+    "pgd": "40 steps of epsilon / 10 of projected gradient descent (PGD)",
+}
 
 
 def _under_attack(found: Sequence[Evaluated], spread: str) -> Iterable[Chart]:
     """A chart of each kind of attack, a panel of each round that was attacked so."""
     for kind, how in _ATTACKS.items():
-        panels = [_against_epsilon(at, levels) for at in found if (levels := _levels(at.attacks, f"{kind}:"))]
-        if panels := [panel for panel in panels if panel.lines]:
+        panels = [(at, _against_epsilon(at, levels)) for at in found if (levels := _levels(at.attacks, f"{kind}:"))]
+        if drawn := [(at, panel) for at, panel in panels if panel.lines]:
+            examples = drawn[0][0].attacked
+            if any(at.attacked != examples for at, _ in drawn):
+                examples = ", ".join(f"{at.attacked} at {_share(at.remaining)} of the weights" for at, _ in drawn)
             yield Chart(
                 kind,
                 f"Accuracy under attack: {how}",
-                "Of test examples changed by at most epsilon in each input so as to mislead the trained network;"
-                f" 0 is the same examples unchanged. {spread}",
+                f"Of {examples}, changed by at most epsilon in each number so as to mislead the trained network; 0 is"
+                f" the same examples unchanged. {spread}",
                 "epsilon",
-                panels,
+                [panel for _, panel in drawn],
             )
 
 
 def _against_epsilon(at: Evaluated, levels: Sequence[tuple[float, str]]) -> Panel:
     under = [*([(0.0, "clean")] if "clean" in at.attacks and levels[0][0] > 0 else []), *levels]
-    names = [name for name in COLORS if all(name in at.attacks[attack] for _, attack in under)]
-    x = [epsilon for epsilon, _ in under]
-    lines = [_line(name, x, [at.attacks[attack][name] for _, attack in under], 100) for name in names]
+    lines = []
+    for name in COLORS:
+        there = [(epsilon, at.attacks[attack][name]) for epsilon, attack in under if name in at.attacks[attack]]
+        if any(name in at.attacks[attack] for _, attack in levels):
+            lines.append(_line(name, [x for x, _ in there], [accuracy for _, accuracy in there], 100))
     return Panel(lines, f"accuracy at the end, %, at {_share(at.remaining)} of the weights", limits=_SHARE)
 
 

@@ -6,12 +6,12 @@ tested.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ticketfind import intervals
 from ticketfind.intervals import Interval
-from ticketfind.results import Round, Spread, Stats
+from ticketfind.results import Evaluated, Round, Spread, Stats
 
 HOLDS, DOES_NOT, UNDECIDED, NOT_TESTED = "holds", "does not", "undecided", "not tested"
 
@@ -41,18 +41,6 @@ class Claim:
     """holds, does not, undecided or not tested."""
     figures: str
     """The run's figures and how to read them; where it is not tested, why, and the command that would test it."""
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What evaluations of one round found."""
-
-    round: int
-    remaining: float
-    """Weights remaining, a fraction."""
-    arms: Mapping[str, Stats]
-    attacks: Mapping[str, Mapping[str, Spread]] = field(default_factory=dict)
-    """Accuracy at the end by attack (`clean` without one) and arm, all of one evaluation."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,11 +91,17 @@ class Evaluation:
     weight-noise=S, as far as they could be trained. A replicate's value is the mean over its trials."""
     trials: int
     """Trainings of each replicate."""
+    seed: int
+    """Of the first trial; the others follow."""
     verdict: Verdict
     notes: tuple[str, ...]
     """What was left out, and why."""
     attacks: dict[str, Attacked] = field(default_factory=dict)
     """By the attack's name, without one ("clean") first; with the weights at the end of each training."""
+    attack_examples: int | None = None
+    """Test examples that were attacked; None without an attack."""
+    attack_range: tuple[float, float] | None = None
+    """The lowest and the highest of their inputs."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,7 @@ def evaluate(
     way: Way = EAGER,
     groups: Sequence[masks.Group] = (),
     tolerance: float | None = None,
+    begin: Callable[[int], None] = lambda n: None,
     tick: Tick = lambda n: None,
     skip: Tick = lambda n: None,
     folder: Path | None = None,
@@ -126,8 +133,8 @@ def evaluate(
     """Train the tickets, the dense network, noisy twins and controls, in one `fit`; compare.
 
     first_seed: of the first trial; the others follow. groups: what is ranked together, for masks drawn anew.
-    tick, skip, folder: as `train.fit` has them.
-    Raises TicketfindError where the ticket does not fit the task's model.
+    begin: told of all iterations, those that attacks are counted as included, before the first. tick, skip, folder: as
+    `train.fit` has them. Raises TicketfindError where the ticket does not fit the task's model.
     """
     design, new, notes = _onto(design, task)
     for ticket in design.tickets:
@@ -140,14 +147,14 @@ def evaluate(
     of = len(design.tickets)
     arms, left_out = _arms(design, new, first_seed, task, groups)
     notes += left_out
-    total = int(how.iterations)
-    skip(design.trainings * total - sum(max(1, total - arm.first) for _, arm, _ in arms))
     check_memory(task, how, way, len(arms))
     under_attack = None
     if design.attacks:
         under_attack = attack.prepare(
-            task, design.attacks, design.attack_examples, batch_size=how.batch_size, note=notes.append
+            task, design.attacks, design.attack_examples, batch_size=how.batch_size, note=notes.append, tick=tick
         )
+    attacking = under_attack.iterations if under_attack else 0
+    begin(sum(max(1, int(how.iterations) - arm.first) + attacking for _, arm, _ in arms))
     robust: dict[str, dict[str, dict[int, list[float]]]] = {}
     measured: dict[str, dict[int, list[Measured]]] = {}
     test_size, lost = None, 0
@@ -159,12 +166,13 @@ def evaluate(
     with closing(trainings) as outcomes:
         for (kind, _, case), (arm, outcome) in zip(arms, outcomes, strict=True):
             if isinstance(outcome, Failed):
+                skip(attacking)
                 notes.append(f"{arm.name}: {outcome.reason}; it is left out")
                 lost += kind == "ticket"
                 continue
             measured.setdefault(kind, {}).setdefault(case.replicate, []).append(outcome.measured)
             test_size = outcome.test_size
-            for name, accuracy in under_attack(outcome.final).items() if under_attack else ():
+            for name, accuracy in under_attack.measure(outcome.final).items() if under_attack else ():
                 robust.setdefault(name, {}).setdefault(kind, {}).setdefault(case.replicate, []).append(accuracy)
             if kind in ("ticket", "dense") and task.data is not None:
                 for level, found in _shaken(design, case, arm, outcome.final, task, how, way):
@@ -185,15 +193,17 @@ def evaluate(
         low = [name for name, found in stats.items() if results.is_chance(found, task.chance, test_size)]
         notes += [f"{name} is at chance level ({task.chance:.1%}): nothing was learned" for name in low]
     remaining = design.tickets[0].remaining
-    attacked = min(design.attack_examples, test_size or design.attack_examples)
     return Evaluation(
         remaining=remaining,
         against=design.against[0].remaining if design.against else None,
         arms=stats,
         trials=design.trials if of > 1 else 1,
+        seed=first_seed,
         verdict=verdict(stats, remaining, tolerance=tolerance, test_size=test_size, lost=lost),
         notes=tuple(notes),
-        attacks={name: Attacked.of(found, attacked) for name, found in robust.items()},
+        attacks={name: Attacked.of(by_arm, under_attack.examples) for name, by_arm in robust.items() if under_attack},
+        attack_examples=under_attack.examples if under_attack else None,
+        attack_range=under_attack.inputs if under_attack else None,
     )
 
 

@@ -19,7 +19,7 @@ def pairs(texts: list[str], flag: str) -> dict[str, Any]:
 
 
 def attacks(texts: list[str]) -> list[tuple[str, float]]:
-    """``fgsm:0.1`` texts as kinds and levels, each once."""
+    """``fgsm:0.1`` texts as kinds and levels, each once, in this order."""
     found = []
     for text in texts:
         kind, _, level = text.partition(":")
@@ -30,7 +30,7 @@ def attacks(texts: list[str]) -> list[tuple[str, float]]:
         if kind not in ("fgsm", "pgd") or not 0 <= epsilon < float("inf"):
             raise typer.BadParameter(f"--attack: expected fgsm:EPS or pgd:EPS with EPS at least 0, found {text!r}")
         found.append((kind, epsilon))
-    return [*dict.fromkeys(found)]
+    return sorted({*found})
 
 
 def fractions(texts: list[str]) -> Any:

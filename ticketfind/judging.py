@@ -75,7 +75,6 @@ def evaluate(
         terminal.Progress(screen, "training", signals.heed) as progress,
         tempfile.TemporaryDirectory(prefix="ticketfind-") as folder,
     ):
-        progress.begin(arms * int(resolved.train.iterations), 0)
         found = experiments.evaluate(
             design,
             task,
@@ -84,6 +83,7 @@ def evaluate(
             way=devices.Way.of(resolved.run),
             groups=masks.make_groups([*tickets[0].masks], resolved.prune.fraction, resolved.prune.scope),
             tolerance=resolved.run.tolerance,
+            begin=lambda total: progress.begin(total, 0),
             tick=progress.tick,
             skip=progress.skip,
             folder=Path(folder),

@@ -74,7 +74,7 @@ def plan(sizes: Mapping[str, int], groups: Sequence[Group], rounds: int | None, 
     left = in_groups = [sum(sizes[name] for name in group.names) for group in groups]
     whole = total - sum(left)
     kept = [total]
-    while (rounds is None or len(kept) <= rounds) and (until is None or kept[-1] > until * total):
+    while (rounds is None or len(kept) <= rounds) and (until is None or kept[-1] / max(total, 1) > until):
         left = [group.kept_after(n, size) for n, size, group in zip(left, in_groups, groups, strict=True)]
         if whole + sum(left) == kept[-1]:
             break

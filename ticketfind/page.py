@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from html import escape
 
 from ticketfind import figures, intervals, readers, results
-from ticketfind.claims import DOES_NOT, HOLDS, NOT_TESTED, UNDECIDED, Claim, Evaluated
+from ticketfind.claims import DOES_NOT, HOLDS, NOT_TESTED, UNDECIDED, Claim
 from ticketfind.figures import Chart
 from ticketfind.recipe import Recipe
-from ticketfind.results import Round, Spread
+from ticketfind.results import Evaluated, Round, Spread
 
 
 @dataclass(frozen=True)
@@ -186,19 +186,31 @@ def _arms(at: Evaluated) -> str:
 
 
 def _attacks(at: Evaluated) -> str:
-    """A row for each attack, a column for each arm; nothing where there was none."""
+    """A row for each attack, a column for each arm, and the ticket's difference; nothing where there was none."""
     if not at.attacks:
         return ""
     arms = [*dict.fromkeys(arm for under in at.attacks.values() for arm in under)]
-    rows = [
-        ("", [_text(name), *(_text(_points(under[arm])) if arm in under else "" for arm in arms)])
-        for name, under in at.attacks.items()
-    ]
+    rows: list[tuple[str, list[str]]] = []
+    for name, under in at.attacks.items():
+        found = [_points(under[arm]) if arm in under else "" for arm in arms]
+        rows.append(("", [_text(cell) for cell in (name, *found, _above(under, at.examples))]))
     caption = (
         f"Under attack at {_share(at.remaining)} of the weights (round {at.round}): accuracy at the end of training, %,"
-        " on the same test examples, mean ± standard deviation"
+        f" on {at.attacked}, mean ± standard deviation over the replicates; the difference with its 95 % interval"
     )
-    return _table(f"attacks-{at.round}", caption, ("", *arms), rows)
+    return _table(f"attacks-{at.round}", caption, ("", *arms, "ticket above dense by"), rows)
+
+
+def _above(under: Mapping[str, Spread], examples: int | None) -> str:
+    """The ticket's accuracy less the dense network's, points, with its 95 % interval (Welch)."""
+    if not {"ticket", "dense"} <= under.keys():
+        return ""
+    ticket, dense = under["ticket"], under["dense"]
+    found = intervals.of_difference(ticket.values, dense.values, least=1 / examples if examples else 0.0)
+    above, *bounds = (
+        f"{round(100 * x, 2) + 0:+.2f}" for x in (ticket.mean - dense.mean, *(found.bounds if found else ()))
+    )
+    return f"{above} ({bounds[0]} to {bounds[1]})" if bounds else above
 
 
 _SIGNS = {HOLDS: "✓", DOES_NOT: "✗", UNDECIDED: "~", NOT_TESTED: "–"}

@@ -4,16 +4,16 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ticketfind import TicketfindError, __version__, beside, charts, claims, figures, files, movement, page, results
-from ticketfind.claims import Evaluated, Findings
+from ticketfind.claims import Findings
 from ticketfind.layers import differences, to_yaml
 from ticketfind.recipe import Recipe, Run
-from ticketfind.results import Round, Spread, Stats
+from ticketfind.results import Evaluated, Round, Spread, Stats
 from ticketfind.rundir import RunDir
 
 
@@ -36,13 +36,14 @@ def write(run: RunDir, out: Path | None = None, other: RunDir | None = None) -> 
     """
     figures.check_matplotlib()
     recipe, log, rounds = run.recipe(), run.log(), _rounds(run)
-    found, verdicts = evaluations(run)
+    found, verdicts, left_out = evaluations(run)
     chosen = results.winner_of(rounds) or rounds[-1]
     weights = movement.of_run(run, chosen.round or 1, _best_first(chosen))
     judged = claims.of_run(_findings(run, found, weights.means))
     if other is not None:
         judged = [claim if claim.number != 11 else _dropout(run, other) for claim in judged]
     planned = [*charts.of_run(recipe, rounds, log, found, weights, chosen)]
+    notes = [*weights.notes, *left_out]
     folder = run.figures_folder if out is None else out.with_name(f"{out.stem}-figures")
     root = run.path if out is None else None
     drawn, written = [], []
@@ -65,12 +66,12 @@ def write(run: RunDir, out: Path | None = None, other: RunDir | None = None) -> 
             verdict=verdicts.get(chosen.round),
             drawn=drawn,
             claims=judged,
-            notes=weights.notes,
+            notes=notes,
             versions={"report written by": f"ticketfind {__version__}", **_versions(run)},
         )
     )
     files.write_text(path, text, root)
-    return Written(path, written, judged, weights.notes)
+    return Written(path, written, judged, notes)
 
 
 def _rounds(run: RunDir) -> list[Round]:
@@ -104,27 +105,78 @@ def _versions(run: RunDir) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------- evaluations
 
 
-def evaluations(run: RunDir) -> tuple[list[Evaluated], dict[int, str]]:
-    """Of each evaluated round the newest of each arm, and the newest attacks, together; densest round first; and each
-    round's newest verdict.
+@dataclass(frozen=True)
+class _Evaluation:
+    """One file."""
 
-    Raises TicketfindError for a file that is not as `eval` writes it.
+    found: Evaluated
+    verdict: str
+    settings: Mapping[str, int | None]
+    """What must agree, and be known, for attacks of two evaluations to be of the same networks and examples."""
+
+
+_SETTINGS = {"attack_examples": "examples", "trials": "trials", "seed": "seed"}
+"""Keys of an evaluation, and what they are called."""
+
+
+def evaluations(run: RunDir) -> tuple[list[Evaluated], dict[int, str], list[str]]:
+    """Each evaluated round, densest first; each round's newest verdict; and which attacks are left out, and why.
+
+    Of each arm the newest is taken, and of each attack and arm the newest of those evaluations whose settings are the
+    round's newest. Raises TicketfindError for a file that is not as `eval` writes it.
     """
-    newest: dict[int, Evaluated] = {}
-    verdicts: dict[int, str] = {}
+    read: dict[int, list[_Evaluation]] = {}
     for file in sorted(run.evals_folder.glob("*.json"), key=lambda file: file.stem):
         if (number := re.match(r"\d{1,6}(?=-)", file.name)) is None:
             raise TicketfindError(f"{file}: expected the name of an evaluation, NN-TIME.json")
         round = int(number[0])
-        found, verdicts[round] = _read(file, round)
-        before = newest.get(round, found)
-        newest[round] = dataclasses.replace(
-            found, arms={**before.arms, **found.arms}, attacks=found.attacks or before.attacks
-        )
-    return sorted(newest.values(), key=lambda each: -each.remaining), verdicts
+        read.setdefault(round, []).append(_read(file, round))
+    together = sorted((_together(each) for each in read.values()), key=lambda each: -each[0].remaining)
+    verdicts = {round: each[-1].verdict for round, each in read.items()}
+    return [found for found, _ in together], verdicts, [note for _, notes in together for note in notes]
 
 
-def _read(file: Path, round: int) -> tuple[Evaluated, str]:
+def _together(read: Sequence[_Evaluation]) -> tuple[Evaluated, list[str]]:
+    """A round's evaluations, oldest first, as one, and notes on the attacks that are in none that is taken."""
+    found = read[-1].found
+    arms = {name: stats for each in read for name, stats in each.found.arms.items()}
+    attacked = [each for each in read if each.found.attacks]
+    if not attacked:
+        return dataclasses.replace(found, arms=arms), []
+    newest = attacked[-1]
+    alike = [each for each in attacked if each is newest or not _unlike(each, newest)]
+    attacks: dict[str, dict[str, Spread]] = {}
+    for each in alike:
+        for name, under in each.found.attacks.items():  # each evaluation may have another ticket as `against`
+            others = {arm: part for arm, part in under.items() if arm != "against" or each is newest}
+            attacks[name] = attacks.get(name, {}) | others
+    notes = [
+        f"Round {found.round}: {', '.join(missing)} of an earlier evaluation cannot stand beside the newest and"
+        f" {'is' if len(missing) == 1 else 'are'} left out: {'; '.join(_unlike(each, newest))}."
+        for each in attacked
+        if (missing := [name[:40] for name in sorted(each.found.attacks, key=_strength) if name not in attacks])
+    ]
+    ordered = {name: attacks[name] for name in sorted(attacks, key=_strength)}
+    return dataclasses.replace(newest.found, remaining=found.remaining, arms=arms, attacks=ordered), notes
+
+
+def _unlike(one: _Evaluation, newest: _Evaluation) -> list[str]:
+    """The settings that are not known to be the same, in words."""
+    pairs = [(name, one.settings[key], newest.settings[key]) for key, name in _SETTINGS.items()]
+    return [
+        f"{name} not known" if None in (ours, theirs) else f"{name} {ours}, not {theirs}"
+        for name, ours, theirs in pairs
+        if ours is None or ours != theirs
+    ]
+
+
+def _strength(attack: str) -> tuple[bool, str, float]:
+    """To sort attacks by: none first, then by kind and epsilon."""
+    kind, _, epsilon = attack.partition(":")
+    return attack != "clean", kind, float(epsilon) if re.fullmatch(r"\d+(\.\d+)?(e[+-]?\d+)?", epsilon) else 0.0
+
+
+def _read(file: Path, round: int) -> _Evaluation:
     try:
         given = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -138,7 +190,21 @@ def _read(file: Path, round: int) -> tuple[Evaluated, str]:
     if not isinstance(arms, dict) or not isinstance(verdict, str):
         raise TicketfindError(f"{file}: expected arms (an object) and a verdict (a text)")
     found = {name: _stats(stats, f"{file}: {name[:40]!r}") for name, stats in arms.items()}
-    return Evaluated(round, float(remaining), found, _attacks(given.get("attacks", {}), file)), verdict
+    settings = {key: given.get(key) for key in _SETTINGS}
+    if not all(value is None or type(value) is int for value in settings.values()):
+        raise TicketfindError(f"{file}: expected whole numbers, or null, in {', '.join(_SETTINGS)}")
+    inputs = given.get("attack_range")
+    if inputs is not None and not (isinstance(inputs, list) and len(inputs) == 2 and all(map(_is_usable, inputs))):
+        raise TicketfindError(f"{file}: attack_range: expected two numbers or null, found {str(inputs)[:40]!r}")
+    evaluated = Evaluated(
+        round,
+        float(remaining),
+        found,
+        _attacks(given.get("attacks", {}), file),
+        settings["attack_examples"],
+        None if inputs is None else (float(inputs[0]), float(inputs[1])),
+    )
+    return _Evaluation(evaluated, verdict, settings)
 
 
 def _attacks(given: Any, file: Path) -> dict[str, dict[str, Spread]]:

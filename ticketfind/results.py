@@ -137,6 +137,29 @@ class Round:
         }
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """What evaluations of one round found."""
+
+    round: int
+    remaining: float
+    """Weights remaining, a fraction."""
+    arms: Mapping[str, Stats]
+    attacks: Mapping[str, Mapping[str, Spread]] = field(default_factory=dict)
+    """Accuracy at the end by attack (`clean` without one) and arm, all of the same trainings on the same examples."""
+    examples: int | None = None
+    """How many were attacked; None where that is not known."""
+    inputs: tuple[float, float] | None = None
+    """The lowest and the highest of their inputs; None where that is not known."""
+
+    @property
+    def attacked(self) -> str:
+        """The examples that were attacked, in words."""
+        count = "" if self.examples is None else f"{self.examples:,} "
+        between = "" if self.inputs is None else f" (inputs from {self.inputs[0]:.4g} to {self.inputs[1]:.4g})"
+        return f"the same {count}test examples{between}"
+
+
 Line = Mapping[str, Any]
 """One entry of a run's log: a training that is over."""
 
