@@ -480,3 +480,15 @@ def test_a_ticket_that_fails_to_train_is_left_out_and_counted(
     }  # fmt: skip
     assert found.verdict.text.startswith("inconclusive") and "1 of its trainings failed" in found.verdict.text
     assert any(note.startswith("ticket, seed 1: the loss is not finite") for note in found.notes)
+
+
+def test_of_failures_those_of_the_ticket_are_counted(
+    make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket]
+) -> None:
+    """Behind a rewind point the dense networks start elsewhere, and none of them fails."""
+    task = make_task()
+    tickets = [make_ticket(task, seed=seed, iteration=4) for seed in range(3)]
+    tickets[1] = dataclasses.replace(tickets[1], init={n: value * 1e30 for n, value in tickets[1].init.items()})
+    found = evaluate(tickets, task, make_train(), seeds=[0, 1, 2], way=EAGER, tolerance=1000)
+    assert (found.arms["dense"].replicates, found.arms["ticket"].replicates) == (3, 2)
+    assert found.verdict.text.startswith("inconclusive") and "1 of its trainings failed" in found.verdict.text

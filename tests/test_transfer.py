@@ -254,8 +254,10 @@ def test_each_replicate_has_a_new_head_of_its_own_initialization(
     make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket],
     trained_arms: dict[str, Arm],
 ) -> None:  # fmt: skip
+    """And the ticket's weights everywhere else, be they masked or not."""
+
     def two() -> list[Ticket]:
-        found = [make_ticket(make_task(Tokens), seed=seed) for seed in (0, 1)]
+        found = [make_ticket(make_task(Tokens), seed=seed) for seed in (3, 4)]
         return [replace(ticket, about=replace(ticket.about, replicate=r)) for r, ticket in enumerate(found)]
 
     task = make_task(SixClasses)
@@ -264,6 +266,7 @@ def test_each_replicate_has_a_new_head_of_its_own_initialization(
         for kind in ("ticket", "against", "dense", "random"):
             start = trained_arms[f"{kind}, seed {7 + replicate}"].start
             assert torch.equal(start["fc.weight"], task.fresh(replicate)["fc.weight"]), kind
+            assert torch.equal(start["table.weight"], two()[replicate].init["table.weight"]), kind
 
 
 class Tokens(nn.Module):
