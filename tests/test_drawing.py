@@ -133,9 +133,7 @@ def counts(found: dict[str, Tensor]) -> dict[str, int]:
     return {name: int(mask.sum()) for name, mask in found.items()}
 
 
-@pytest.mark.parametrize(
-    ("score", "first"), [("path_length", 0), ("movement", 0), ("magnitude", 0), ("movement", 4)]
-)
+@pytest.mark.parametrize(("score", "first"), [("path_length", 0), ("movement", 0), ("magnitude", 0), ("movement", 4)])
 def test_pruning_on_the_way_ends_at_the_rounds_count(
     score: str, first: int, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search,
     tmp_path: Path,

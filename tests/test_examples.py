@@ -100,6 +100,7 @@ def test_bytes_by_name_are_pixels_in_images_only():
     raw = {"mask": np.ones((2, 5), np.uint8), "pixels": np.full((2, 3, 4, 4), 255, np.uint8), "y": [0, 1]}
     inputs, _ = as_batch(raw, "data")
     assert inputs["mask"].dtype == torch.int64 and bool((inputs["mask"] == 1).all())
+    assert inputs["pixels"].shape == (2, 3, 4, 4), "channels come first already"
     assert inputs["pixels"].dtype == torch.float32 and bool((inputs["pixels"] == 1).all())
 
 

@@ -405,15 +405,22 @@ def test_reinit_of_a_checkpoint_is_the_factorys_own_initialization(
     assert trained_arms["reinit, seed 0"].start["fc1.weight"].std() > 0.05
 
 
-@pytest.mark.parametrize("checkpoint", [None, "net.pt"])
+@pytest.mark.parametrize(
+    ("model", "checkpoint"),
+    [
+        ({"checkpoint": None, "args": {"pretrained": False}}, False),
+        ({"checkpoint": "net.pt"}, True),
+        ({"checkpoint": None, "args": {"pretrained": True}}, True),
+    ],
+)
 def test_dense_and_random_of_a_compact_ticket(
-    checkpoint: str | None, make_task: Callable[..., Task], make_train: Callable[..., Train],
+    model: dict[str, Any], checkpoint: bool, make_task: Callable[..., Task], make_train: Callable[..., Train],
     make_ticket: Callable[..., Ticket], tmp_path: Path,
 ) -> None:  # fmt: skip
     """They start afresh, or are left out where the weights were a checkpoint's; the others are the full ticket's."""
     task = make_task("normed")
     ticket = make_ticket(task)
-    ticket.about.recipe["model"] = {"checkpoint": checkpoint}
+    ticket.about.recipe["model"] = model
     ticket.save(tmp_path / "c", layout="compact")
     settings: dict[str, Any] = {"seeds": [0, 1], "way": EAGER, "noise": [0.5]}
     compact = evaluate([load_ticket(tmp_path / "c")], task, make_train(), **settings)
