@@ -694,8 +694,8 @@ def test_the_plan_counts_what_every_kind_of_search_does(
     plan = planning.make_plan(recipe, task.model)
     run_search(recipe, task, tmp_path / "run")
     assert sum(call.args[0] for call in watch.tick.call_args_list) == 2 * plan.total
-    files = sum(len(content) for name, content in tree(tmp_path / "run").items() if name.endswith("safetensors"))
-    assert plan.disk < files < plan.disk + 16 * 4096
+    held = [tensor for file in (tmp_path / "run").rglob("*.safetensors") for tensor in load_file(file).values()]
+    assert plan.disk == sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 @pytest.mark.parametrize(
