@@ -289,12 +289,22 @@ def test_comparisons_are_of_replicates() -> None:
     """Trials are averaged within a replicate; the interval is Welch's, by scipy."""
     from scipy import stats
 
-    found = Attacked.of({"dense": {0: [0.5, 0.7], 1: [0.4]}, "ticket": {0: [0.3], 1: [0.3, 0.5]}}, 1000)
+    found = Attacked.of({"dense": {0: [0.5, 0.7], 1: [0.4]}, "ticket": {1: [0.3, 0.5], 0: [0.3]}}, 1000)
     assert found.arms["dense"].values == pytest.approx((0.6, 0.4))
+    assert found.arms["ticket"].values == pytest.approx((0.3, 0.4)), "in order, whichever came first"
     (compared,) = found.comparisons
     assert (compared.arm, compared.other) == ("ticket", "dense") and compared.difference == pytest.approx(-0.15)
     expected = stats.ttest_ind([0.3, 0.4], [0.6, 0.4], equal_var=False).confidence_interval(0.95)
     assert compared.interval == pytest.approx((expected.low, expected.high))
+
+
+def test_no_spread_is_smaller_than_one_example() -> None:
+    """Two replicates that agree to the last of 50 examples: Student's t, by scipy, with a deviation of one of them."""
+    from scipy import stats
+
+    found = Attacked.of({"dense": {0: [0.6], 1: [0.6]}, "ticket": {0: [0.4], 1: [0.4]}}, 50)
+    width = stats.t.ppf(0.975, 2) / 50
+    assert found.comparisons[0].interval == pytest.approx((-0.2 - width, -0.2 + width))
 
 
 def test_the_command(command: Callable[..., Any]) -> None:

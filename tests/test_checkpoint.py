@@ -58,6 +58,7 @@ def test_torch_files(tmp_path, suffix, zipped):
         {"model_state_dict": STATE},
         {"state_dict": STATE, "state_dict_ema": {"fc.weight": torch.zeros(1)}},
         {"ema": STATE},
+        {"ema": {"fc.weight": torch.zeros(1)}, "state_dict_ema": {"fc.weight": torch.zeros(1)}, "model": STATE},
         {"state_dict": {"model": STATE}},
         {"model": STATE, "rng_state": torch.get_rng_state(), "loss": torch.tensor(0.1)},  # tensors beside it
         {"params": {"lr": 0.1}, "state_dict": STATE},  # a mapping of a container's name without tensors
@@ -233,6 +234,12 @@ def test_a_tied_entry_may_stand_once():
         assert all(bool((found[name] == 5).all()) for name in wanted)
 
 
+def test_tied_entries_that_differ_in_the_file_stay_what_they_are():
+    held = {name: torch.full((2, 3), value) for name, value in (("embed.weight", 5.0), ("head.weight", 6.0))}
+    found = checkpoint.match(held, held, allow=(), path=Path("w.pt"), aliases={"head.weight": "embed.weight"})
+    assert same(found, held)
+
+
 def test_weights_come_in_the_models_dtypes_and_order():
     found = match({name: STATE[name].half() for name in reversed(STATE)})
     assert same(found)
@@ -308,6 +315,7 @@ EMA = {name: -value for name, value in STATE.items()}
         ({"model": STATE, "ema": {"model": EMA, "decay": 0.9}}, "ema.model"),
         ({"model": STATE, "averaged": {"slow": EMA, "fast": STATE}}, "averaged.slow"),
         ({**{f"raw.{n}": v for n, v in STATE.items()}, **{f"ema.{n}": v for n, v in EMA.items()}}, "ema"),
+        ({**{f"ema_2.{n}": v for n, v in STATE.items()}, **{f"ema.{n}": v for n, v in EMA.items()}}, "ema"),
     ],
 )
 def test_a_key_names_the_weights(tmp_path, saved, key):

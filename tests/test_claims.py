@@ -50,6 +50,8 @@ def findings(
         (1, findings((0.5, arm(0.9)), (0.2, arm(0.952, 400))), HOLDS),
         (1, findings((0.2, arm(0.93, 400))), DOES_NOT),  # below what matches
         (1, findings((0.2, arm(0.952, 900))), DOES_NOT),  # later
+        (1, findings((0.2, arm(0.952, 520))), HOLDS),  # within a step of the dense network's is no later
+        (1, findings((0.2, arm(0.952, 400)), (0.05, arm(0.9, 900))), HOLDS),  # the densest small part is judged
         (1, findings((0.2, arm(0.946, 400, wide=4))), UNDECIDED),
         (1, findings((0.5, arm(0.95))), NOT_TESTED),  # half of the weights are no small part
         (1, findings((0.2, arm(0.95, n=1)), dense=(1.0, arm(0.95, n=1))), NOT_TESTED),
@@ -60,6 +62,7 @@ def findings(
         (2, findings((0.2, arm(0.95, 300)), dense=(1.0, arm(0.95, 1000))), HOLDS),
         (3, findings((0.5, arm(0.97)), (0.1, arm(0.93))), HOLDS),
         (3, findings((0.5, arm(0.93)), (0.1, arm(0.9))), DOES_NOT),
+        (3, findings((0.5, arm(0.94)), (0.1, arm(0.935, wide=10))), UNDECIDED),  # one that may not be below
         (3, findings((0.5, arm(0.951)), (0.1, arm(0.9))), UNDECIDED),
         (3, findings((0.5, arm(0.97)), (0.1, arm(0.97))), UNDECIDED),  # it does not fall yet
         (3, findings(), NOT_TESTED),
@@ -92,9 +95,15 @@ TICKET = arm(0.95, 400)
     [
         (4, [at(0.5, ticket=TICKET, reinit=arm(0.94, 800)), at(0.1, ticket=TICKET, reinit=arm(0.9, 800))], HOLDS),
         (4, [at(0.5, ticket=TICKET, reinit=arm(0.9, 800)), at(0.1, ticket=TICKET, reinit=arm(0.94, 800))], DOES_NOT),
+        (  # at 10 % a ticket learns to the end, and which is slower is asked at 50 %
+            4,
+            [at(0.5, ticket=TICKET, reinit=arm(0.94, 800)), at(0.1, ticket=arm(0.95, 980), reinit=arm(0.9, 900))],
+            HOLDS,
+        ),
         (4, [at(0.1, ticket=TICKET, reinit=arm(0.9, 800))], UNDECIDED),  # no trend from one round
         (4, [at(0.1, ticket=TICKET, reinit=arm(0.96, 400))], DOES_NOT),
         (4, [at(0.1, ticket=arm(0.95, n=1), reinit=arm(0.9, n=1))], NOT_TESTED),
+        (4, [at(0.1, ticket=TICKET, reinit=arm(0.9, n=1))], NOT_TESTED),
         (4, [], NOT_TESTED),
         (5, [at(0.5, random=TICKET, reinit=TICKET), at(0.1, random=arm(0.8), reinit=arm(0.9))], HOLDS),
         (5, [at(0.1, random=arm(0.9), reinit=arm(0.9))], UNDECIDED),
@@ -133,6 +142,12 @@ def noisy(half: float, three: float | None, reinit: float = 0.9) -> Evaluated:
 )
 def test_the_claim_on_noise(evaluated: Evaluated, expected: str) -> None:
     assert status(6, findings((0.2, arm(0.95)), evaluated=[evaluated])).status == expected
+
+
+def test_noise_is_judged_where_most_levels_were_tried_and_by_the_highest() -> None:
+    """At 10 % half a sigma alone was tried; at 50 % one sigma costs nothing, three do."""
+    several = Evaluated(2, 0.5, {**noisy(0.95, 0.93).arms, "noise=1": arm(0.96)})
+    assert status(6, findings((0.2, arm(0.95)), evaluated=[several, noisy(0.93, None)])).status == HOLDS
 
 
 @pytest.mark.parametrize(
@@ -205,3 +220,13 @@ def test_choosing_the_best_of_many_rounds_costs_confidence() -> None:
     interval = stats.ttest_ind(*values, equal_var=False).confidence_interval(1 - 0.05 / 10)
     figures = beside.dropout_adds_up(dropped, plain, 0.5).figures
     assert f"(95 %: {100 * interval.low:+.2f} to {100 * interval.high:+.2f}) from the highest without" in figures
+
+
+def test_the_fall_from_the_hill_is_corrected_for_the_choice_of_its_top() -> None:
+    """Welch's interval by scipy, at 95 % shared out over the pruned rounds."""
+    top, last = arm(0.97), arm(0.968)
+    shares = [(0.5**n, top if n == 1 else last if n == 6 else arm(0.96)) for n in range(1, 7)]
+    values = [np.array(found.accuracy_early.values) for found in (last, top)]
+    interval = stats.ttest_ind(*values, equal_var=False).confidence_interval(1 - 0.05 / 6)
+    figures = status(3, findings(*shares)).figures
+    assert f"(95 %: {100 * interval.low:+.2f} to {100 * interval.high:+.2f}) from there" in figures

@@ -44,6 +44,21 @@ class StartsAtZero(nn.Module):
         return self.last(F.relu(self.first(x)))
 
 
+class Negative(StartsAtZero):
+    """Its first layer is heard where its weights are negative, and so never with positive ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(-F.linear(x.abs(), self.first.weight)))
+
+
+class Deep(nn.Sequential):
+    """[b, 12] -> [b, 4] through 40 layers, in which sums of positive numbers would overflow."""
+
+    def __init__(self) -> None:
+        inner = [layer for _ in range(40) for layer in (nn.Linear(16, 16), nn.ReLU())]
+        super().__init__(nn.Linear(12, 16), nn.ReLU(), *inner, nn.Linear(16, 4))
+
+
 class Conv(nn.Module):
     """[b, 12] -> a tuple of [b, 4] and features."""
 
@@ -78,6 +93,9 @@ def emptied(task: Task, *names: str) -> bool:
         (StartsAtZero, [], False),
         (StartsAtZero, ["first.weight"], True),
         (StartsAtZero, ["last.weight"], True),
+        (Negative, [], False),
+        (Deep, [], False),
+        (Deep, ["40.weight"], True),
         (Conv, [], False),
         (Conv, ["conv.weight"], True),
     ],

@@ -142,12 +142,20 @@ def test_kinds_of_inputs(tmp_path, inputs, shape, dtype):
         (np.arange(40, dtype=np.uint8)[:, None] % 7, 7, ()),  # a column of labels
         (np.arange(40) / 7, None, ()),
         (np.zeros((40, 3)), None, (3,)),
+        (np.zeros((40, 1)), None, (1,)),  # as a loss against outputs [n, 1] takes them
         (np.zeros((40, 3), int), 1, (3,)),  # a label for each place
     ],
 )
 def test_kinds_of_targets(tmp_path, targets, classes, shape):
     found = load(npz(tmp_path, **arrays(y_train=targets, y_test=targets[:10])))
     assert (found.classes, tuple(found.train.targets.shape[1:])) == (classes, shape)
+
+
+def test_arrays_in_fortran_order_are_those_in_c_order(tmp_path):
+    numbers = np.arange(40 * 6, dtype=np.float32).reshape(40, 6)
+    columns = np.asfortranarray(numbers)
+    found = load(npz(tmp_path, **arrays(x_train=columns, x_test=np.asfortranarray(columns[:10]))))
+    np.testing.assert_array_equal(found.test.inputs, numbers[:10])
 
 
 def test_classes_count_labels_of_every_split(tmp_path):

@@ -133,12 +133,14 @@ def counts(found: dict[str, Tensor]) -> dict[str, int]:
     return {name: int(mask.sum()) for name, mask in found.items()}
 
 
-@pytest.mark.parametrize("score", ["path_length", "movement", "magnitude"])
+@pytest.mark.parametrize(("score", "first"), [("path_length", 0), ("movement", 0), ("magnitude", 0), ("movement", 4)])
 def test_pruning_on_the_way_ends_at_the_rounds_count(
-    score: str, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
-) -> None:
-    """What is drawn is nested and as many as planned; what is measured are full trainings of the tickets."""
-    recipe = make_recipe({"prune.every": 4, "prune.score": score})
+    score: str, first: int, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """What is drawn is nested and as many as planned; what is measured are full trainings of the tickets. All begin at
+    the rewind point."""
+    recipe = make_recipe({"prune.every": 4, "prune.score": score, "prune.rewind": f"{first}it"})
     rounds = run_search(recipe, make_task(), tmp_path / "run", SCORES[score])
     assert [round.round for round in rounds] == [0, 1, 2, 3]
     for round in (1, 2, 3):
@@ -149,7 +151,7 @@ def test_pruning_on_the_way_ends_at_the_rounds_count(
         assert counts(found) == expected
     drawn = [json.loads(line) for line in (tmp_path / "run/drawn.jsonl").read_text().splitlines()]
     assert [(line["round"], line["replicate"], line["iterations"]) for line in drawn] == [
-        (round, replicate, 12) for round in range(3) for replicate in range(2)
+        (round, replicate, 12 - first) for round in range(3) for replicate in range(2)
     ]
     assert all(check.passed is not False for check in verify.of_run(RunDir(tmp_path / "run")))
 
@@ -282,11 +284,11 @@ def test_until_fails_brackets_where_masks_are_drawn_apart(
 def test_masks_drawn_ahead_are_those_of_one_training_pruned_again_and_again(
     make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
 ) -> None:
-    recipe = make_recipe({"prune.ahead": [2, 3, 1], "prune.rounds": 7})
+    recipe = make_recipe({"prune.ahead": [2, 3, 1], "prune.rounds": 8})
     rounds = run_search(recipe, make_task(), tmp_path / "run")
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert [line["round"] for line in log if line["replicate"] == 0] == [0, 2, 5, 6, 1, 3, 4, 7]
-    assert [round.round for round in rounds] == [*range(8)]
+    assert [line["round"] for line in log if line["replicate"] == 0] == [0, 2, 5, 6, 7, 1, 3, 4, 8]
+    assert [round.round for round in rounds] == [*range(9)]
     final = load_file(tmp_path / "run/trained/0.safetensors")
     old = masks.dense(SHAPES)
     for round in (1, 2):
@@ -297,34 +299,39 @@ def test_masks_drawn_ahead_are_those_of_one_training_pruned_again_and_again(
     assert all(check.passed is not False for check in verify.of_run(RunDir(tmp_path / "run")))
 
 
+@pytest.mark.parametrize("score", ["magnitude", "movement"])
 def test_finetuned_masks_are_those_of_plain_pytorch_that_goes_on_under_the_mask_before(
-    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
+    score: str, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
 ) -> None:
-    """Three steps of SGD with the schedule's last rate, a tenth of the first, from what the training before came to."""
-    settings = {"prune.ahead": [3, 2], "prune.rounds": 5, "train.schedule": "step", "train.milestones": [9]}
-    settings |= {"train.warmup": 0, "train.momentum": 0.0, "train.weight_decay": 0.0, "train.lr": 0.5}
+    """Eight steps of SGD with the schedule's last rate, a tenth of the first, from what the training before came to;
+    each replicate's in an order of its own. What has moved has moved since the rewind point."""
+    settings = {"prune.ahead": [3, 2], "prune.rounds": 5, "train.schedule": "step", "train.milestones": [4]}
+    settings |= {"train.warmup": 0, "train.momentum": 0.0, "train.weight_decay": 0.0, "train.lr": 2.0}
     task = make_task()
-    for name, more in (("tuned", {"prune.finetune": 3}), ("at once", {})):
-        run_search(make_recipe({**settings, **more}), task, tmp_path / name)
+    for name, more in (("tuned", {"prune.finetune": 8}), ("at once", {})):
+        run_search(make_recipe({**settings, **more, "prune.score": score}), task, tmp_path / name, SCORES[score])
 
-    def drawn(name: str, round: int) -> Masks:
-        return load_file(tmp_path / name / f"masks/{round:02}-0.safetensors")
+    def drawn(name: str, round: int, replicate: int = 0) -> Masks:
+        return load_file(tmp_path / name / f"masks/{round:02}-{replicate}.safetensors")
 
-    how, seed, groups = make_recipe(settings).train, make_recipe(settings).run.seed, [Group((n,), 0.3) for n in SHAPES]
-    net, old = copy.deepcopy(task.model), masks.dense(SHAPES)
-    net.load_state_dict(load_file(tmp_path / "tuned/trained/0.safetensors"))
-    for round in (1, 2, 3):
-        state = net.state_dict()
-        old = masks.prune(old, scored(SCORES["magnitude"], Seen(state, state, old), seed=0), groups)
-        assert all(torch.equal(old[name], drawn("tuned", round)[name]) for name in SHAPES), round
-        named = dict(net.named_parameters())
-        for name, kept in old.items():
-            named[name].data *= kept
-        assert task.data is not None
-        for inputs, targets in task.data.training(Order(derived_seed(seed, "finetune", round), how.batch_size, 9, 12)):
-            gradients = torch.autograd.grad(F.cross_entropy(net(inputs), targets), [*named.values()])
-            for name, gradient in zip(named, gradients, strict=True):
-                named[name].data -= how.lr / 10 * gradient * old.get(name, 1)
+    how, run, groups = make_recipe(settings).train, make_recipe(settings).run, [Group((n,), 0.3) for n in SHAPES]
+    assert task.data is not None
+    for replicate in range(2):
+        net, old, seed = copy.deepcopy(task.model), masks.dense(SHAPES), run.seed + replicate
+        initial = load_file(tmp_path / f"tuned/init/{replicate}.safetensors")
+        net.load_state_dict(load_file(tmp_path / f"tuned/trained/{replicate}.safetensors"))
+        for round in (1, 2, 3):
+            state = net.state_dict()
+            old = masks.prune(old, scored(SCORES[score], Seen(state, initial, old), seed=0), groups)
+            assert all(torch.equal(old[name], drawn("tuned", round, replicate)[name]) for name in SHAPES), round
+            named = dict(net.named_parameters())
+            for name, kept in old.items():
+                named[name].data *= kept
+            order = Order(derived_seed(seed, "finetune", round), how.batch_size, 4, 12)
+            for inputs, targets in task.data.training(order):
+                gradients = torch.autograd.grad(F.cross_entropy(net(inputs), targets), [*named.values()])
+                for name, gradient in zip(named, gradients, strict=True):
+                    named[name].data -= how.lr / 10 * gradient * old.get(name, 1)
     assert all(torch.equal(drawn("tuned", 1)[name], drawn("at once", 1)[name]) for name in SHAPES)
     assert not all(torch.equal(drawn("tuned", 3)[name], drawn("at once", 3)[name]) for name in SHAPES)
     assert {path.name for path in (tmp_path / "tuned/trained").iterdir()} == {"0.safetensors", "1.safetensors"}

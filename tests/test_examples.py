@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +87,21 @@ def test_dicts_of_lists_tensors_and_arrays_without_their_texts():
 def test_names_of_targets(key):
     inputs, targets = as_batch({"x": np.zeros((4, 2)), key: np.arange(4, dtype=np.uint8)[:, None]}, "data")
     assert (targets.tolist(), targets.dtype, list(inputs)) == ([0, 1, 2, 3], torch.int64, ["x", key])
+
+
+def test_of_several_names_of_targets_the_first_listed_counts():
+    names = ["labels", "label", "targets", "target", "y"]
+    for first, later in itertools.combinations(names, 2):
+        _, targets = as_batch({"x": np.zeros((4, 2)), later: np.zeros(4), first: np.arange(4)}, "data")
+        assert targets.tolist() == [0, 1, 2, 3], (first, later)
+
+
+def test_bytes_by_name_are_pixels_in_images_only():
+    raw = {"mask": np.ones((2, 5), np.uint8), "pixels": np.full((2, 3, 4, 4), 255, np.uint8), "y": [0, 1]}
+    inputs, _ = as_batch(raw, "data")
+    assert inputs["mask"].dtype == torch.int64 and bool((inputs["mask"] == 1).all())
+    assert inputs["pixels"].shape == (2, 3, 4, 4), "channels come first already"
+    assert inputs["pixels"].dtype == torch.float32 and bool((inputs["pixels"] == 1).all())
 
 
 def test_errors_name_the_example_by_its_place_in_the_data_set():

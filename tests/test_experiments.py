@@ -17,8 +17,8 @@ from ticketfind import TicketfindError, contents, experiments, masks, results
 from ticketfind.arms import Arm, Outcome, Task
 from ticketfind.batches import Split
 from ticketfind.devices import EAGER, Way
-from ticketfind.experiments import Design, Evaluation, default_trials, noisy
-from ticketfind.recipe import Recipe, Train
+from ticketfind.experiments import Design, Evaluation, default_trials, noisy, unseen_seed
+from ticketfind.recipe import Recipe, Run, Train
 from ticketfind.rundir import RunDir
 from ticketfind.ticket import Ticket, load_ticket
 from ticketfind.train import fit
@@ -301,13 +301,16 @@ def test_noise_on_trained_weights_reaches_tied_ones(
     assert found.arms["weight-noise=0.7"].accuracy_end.mean != found.arms["ticket"].accuracy_end.mean
 
 
+@pytest.mark.parametrize("iteration", [0, 4])
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_masks_drawn_at_once_keep_the_highest_magnitudes(
-    scope: str, make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket],
-    trained_arms: dict[str, Arm],
+    scope: str, iteration: int, make_task: Callable[..., Task], make_train: Callable[..., Train],
+    make_ticket: Callable[..., Ticket], trained_arms: dict[str, Arm],
 ) -> None:  # fmt: skip
+    """Of the trained weights, or of those of iteration 0 wherever the ticket starts."""
     task = make_task()
-    ticket = make_ticket(task)
+    ticket = make_ticket(task, iteration=iteration)
+    initial = task.fresh(ticket.first_seed) if iteration else ticket.init
     trained = {name: torch.randn_like(value) for name, value in ticket.init.items()}
     groups = masks.make_groups([*ticket.masks], {"*": 0.2}, scope)
     extras = ["one-shot", "init-magnitude"]
@@ -315,15 +318,31 @@ def test_masks_drawn_at_once_keep_the_highest_magnitudes(
         [ticket], task, make_train(), seeds=[0, 1], way=EAGER, extras=extras, trained=[trained], groups=groups
     )
     assert list(found.arms) == ["dense", "ticket", "reinit", "random", *extras]
-    for kind, weights in (("one-shot", trained), ("init-magnitude", ticket.init)):
+    for kind, weights in (("one-shot", trained), ("init-magnitude", initial)):
         arm = trained_arms[f"{kind}, seed 1"]
-        assert same(arm.start, ticket.init)
+        assert same(arm.start, ticket.init) and arm.first == iteration
         assert masks.count(arm.masks) == masks.count(ticket.masks)
         for names in [[*ticket.masks]] if scope == "global" else [[name] for name in ticket.masks]:
             kept = np.concatenate([arm.masks[name].numpy().ravel() for name in names])
             ranks = np.concatenate([weights[name].abs().numpy().ravel() for name in names])
             assert kept.sum() == sum(int(ticket.masks[name].sum()) for name in names)
             assert ranks[kept].min() >= ranks[~kept].max()
+
+
+def test_each_replicate_is_pruned_at_once_by_its_own_trained_weights(
+    make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket],
+    trained_arms: dict[str, Arm],
+) -> None:  # fmt: skip
+    task = make_task()
+    tickets = [make_ticket(task, seed=seed) for seed in (7, 8)]
+    trained = [{name: torch.randn_like(value) for name, value in ticket.init.items()} for ticket in tickets]
+    groups = masks.make_groups([*tickets[0].masks], {"*": 0.2}, "layer")
+    settings: dict[str, Any] = {"extras": ["one-shot"], "trained": trained, "groups": groups}
+    evaluate(tickets, task, make_train(iterations=2), seeds=range(4), way=EAGER, **settings)
+    for seed in range(4):
+        for name, kept in trained_arms[f"one-shot, seed {seed}"].masks.items():
+            ranks = trained[seed % 2][name].abs()
+            assert kept.sum() == tickets[seed % 2].masks[name].sum() and ranks[kept].min() >= ranks[~kept].max()
 
 
 def test_one_shot_needs_the_dense_networks_trained_weights(
@@ -341,6 +360,10 @@ def test_one_shot_needs_the_dense_networks_trained_weights(
 @pytest.mark.parametrize(("tickets", "is_run", "trials"), [(5, True, 2), (3, True, 4), (1, True, 1), (1, False, 10)])
 def test_ten_trainings_of_each_arm_are_the_rule(tickets: int, is_run: bool, trials: int) -> None:
     assert default_trials(tickets, is_run) == trials
+
+
+def test_the_first_trial_has_a_data_order_that_the_search_has_not_seen() -> None:
+    assert unseen_seed(Run(seed=7, replicates=3)) == 10
 
 
 def test_trials_of_one_replicate_count_as_one(
@@ -385,15 +408,22 @@ def test_reinit_of_a_checkpoint_is_the_factorys_own_initialization(
     assert trained_arms["reinit, seed 0"].start["fc1.weight"].std() > 0.05
 
 
-@pytest.mark.parametrize("checkpoint", [None, "net.pt"])
+@pytest.mark.parametrize(
+    ("model", "checkpoint"),
+    [
+        ({"checkpoint": None, "args": {"pretrained": False}}, False),
+        ({"checkpoint": "net.pt"}, True),
+        ({"checkpoint": None, "args": {"pretrained": True}}, True),
+    ],
+)
 def test_dense_and_random_of_a_compact_ticket(
-    checkpoint: str | None, make_task: Callable[..., Task], make_train: Callable[..., Train],
+    model: dict[str, Any], checkpoint: bool, make_task: Callable[..., Task], make_train: Callable[..., Train],
     make_ticket: Callable[..., Ticket], tmp_path: Path,
 ) -> None:  # fmt: skip
     """They start afresh, or are left out where the weights were a checkpoint's; the others are the full ticket's."""
     task = make_task("normed")
     ticket = make_ticket(task)
-    ticket.about.recipe["model"] = {"checkpoint": checkpoint}
+    ticket.about.recipe["model"] = model
     ticket.save(tmp_path / "c", layout="compact")
     settings: dict[str, Any] = {"seeds": [0, 1], "way": EAGER, "noise": [0.5]}
     compact = evaluate([load_ticket(tmp_path / "c")], task, make_train(), **settings)
@@ -461,3 +491,15 @@ def test_a_ticket_that_fails_to_train_is_left_out_and_counted(
     }  # fmt: skip
     assert found.verdict.text.startswith("inconclusive") and "1 of its trainings failed" in found.verdict.text
     assert any(note.startswith("ticket, seed 1: the loss is not finite") for note in found.notes)
+
+
+def test_of_failures_those_of_the_ticket_are_counted(
+    make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket]
+) -> None:
+    """Behind a rewind point the dense networks start elsewhere, and none of them fails."""
+    task = make_task()
+    tickets = [make_ticket(task, seed=seed, iteration=4) for seed in range(3)]
+    tickets[1] = dataclasses.replace(tickets[1], init={n: value * 1e30 for n, value in tickets[1].init.items()})
+    found = evaluate(tickets, task, make_train(), seeds=[0, 1, 2], way=EAGER, tolerance=1000)
+    assert (found.arms["dense"].replicates, found.arms["ticket"].replicates) == (3, 2)
+    assert found.verdict.text.startswith("inconclusive") and "1 of its trainings failed" in found.verdict.text

@@ -279,6 +279,24 @@ def test_a_pruning_that_is_wrong_is_noticed_and_no_mask_is_left_of_it(
     restored(run_search, recipe, task, tmp_path)
 
 
+def test_a_mask_drawn_ahead_is_held_against_the_one_before_it(
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    """Of the three that the dense training draws at once, the second is wrong."""
+    prune, calls = masks.prune, itertools.count()
+
+    def badly(old: dict[str, Tensor], scores: Any, groups: Any, counts: Any) -> dict[str, Tensor]:
+        drawn = {name: mask.clone() for name, mask in prune(old, scores, groups, counts).items()}
+        if next(calls) == 1:
+            growing(drawn, old)
+        return drawn
+
+    monkeypatch.setattr(masks, "prune", badly)
+    with pytest.raises(Violated, match=r"round 0, replicate 0: fc2\.weight has a pruned weight that came back"):
+        run_search(make_recipe({"prune.ahead": [3]}), make_task("normed"), tmp_path / "run")
+
+
 def test_what_was_violated_in_the_very_first_training_does_not_stand_in_the_way(
     make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search,
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,

@@ -226,6 +226,15 @@ def test_a_mask_with_the_right_count_and_another_pattern(run: RunDir) -> None:
     assert failed.found == "not 2:4: fc1.weight"
 
 
+def test_a_ticket_that_keeps_fewer_than_its_pattern_says(run: RunDir) -> None:
+    ticket = contents.load(run, 2, 0)
+    blocks = ticket.masks["fc2.weight"].view(-1, 4)
+    blocks &= blocks.cumsum(1) == 1  # the first of each two
+    ticket.save(file := run.path / "fewer.safetensors")
+    (failed,) = [check for check in verify.of_ticket(file) if check.passed is False]
+    assert (failed.what, failed.found) == ("masks are blocks of 4", "not 2:4: fc2.weight")
+
+
 def test_an_evaluation_draws_its_random_mask_by_the_pattern(
     run: RunDir, make_task: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

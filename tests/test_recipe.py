@@ -302,6 +302,8 @@ def test_resolving_twice_changes_nothing():
     ("layer", "rewind"),
     [
         ({"model": {"checkpoint": "w.pt"}}, Duration(0)),
+        ({"model": {"args": {"pretrained": True}}}, Duration(0)),
+        ({"model": {"args": {"pretrained": False}}, "train": {"iterations": 1000}}, Duration(20)),
         ({"train": {"iterations": 1000}}, Duration(20)),
         ({"train": {"iterations": 1000}, "prune": {"rewind": "1ep"}}, Duration(8)),
         ({"prune": {"rewind": "lr"}}, "lr"),
@@ -354,6 +356,8 @@ def test_later_layers_win_and_mappings_are_replaced_whole():
         {"train": {"lr": 2}, "prune": {"fraction": 0.5}},
     )
     assert (found.name, found.train.lr, found.train.batch_size, found.prune.fraction) == ("a", 2.0, 7, {"*": 0.5})
+    args = from_layers({"model": {"args": {"a": 1, "b": 2}}}, {"model": {"args": {"b": 3}}}).model.args
+    assert args == {"b": 3}
 
 
 def test_nested_settings():

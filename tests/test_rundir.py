@@ -35,6 +35,15 @@ def test_paths_are_those_of_the_documentation() -> None:
     ]  # fmt: skip
 
 
+def test_masks_of_many_rounds_and_replicates_are_found(tmp_path: Path) -> None:
+    run, there = RunDir(tmp_path), {(1, 0), (7, 12), (99, 3), (100, 101)}
+    run.mask_file(1, 0).parent.mkdir()
+    for round, replicate in there:
+        run.mask_file(round, replicate).touch()
+    run.mask_file(1, 0).with_name("notes.safetensors").touch()
+    assert run.masks() == there
+
+
 def test_an_evaluation_never_replaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.strftime", lambda _: "20260101T000000")
     names = []
@@ -230,6 +239,8 @@ def test_names_count_up_past_other_recipes_and_rubbish(make_recipe: Callable[...
     Path("runs/tiny-3/recipe.yaml").write_text("{")
     Path("runs/tiny-4").write_text("a file")
     assert [rundir.claim(recipe, None).path.name for recipe in (first, second, third)] == ["tiny", "tiny-2", "tiny-5"]
+    for key, value, name in (("replicates", 3, "tiny-5"), ("tolerance", 1, "tiny-5"), ("snapshot", 5, "tiny")):
+        assert rundir.claim(make_recipe({f"run.{key}": value}), None).path.name == name, key
 
 
 def test_forgetting_removes_a_run_without_a_finished_training_only(make_recipe: Callable[..., Recipe]) -> None:

@@ -215,18 +215,23 @@ FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize(
+    ("name", "rewind"), [*((name, "0it") for name in FORMULAS), ("movement", "5it"), ("movement", "lr")]
+)
 def test_scores(
-    name: str, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search,
+    name: str, rewind: str, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search,
     spied: dict[str, tuple[Arm, Any]], tmp_path: Path,
 ) -> None:  # fmt: skip
-    run_search(make_recipe({"prune.score": name}), make_task(), tmp_path / "run", score=SCORES[name])
+    """Of what was trained and, where they ask for it, the weights of the rewind point; of iteration 0 with lr."""
+    recipe = make_recipe({"prune.score": name, "prune.rewind": rewind})
+    run_search(recipe, make_task(), tmp_path / "run", score=SCORES[name])
     for round, replicate in ((0, 0), (0, 1), (2, 0), (2, 1)):
+        start = load_file(tmp_path / f"run/init/{'00-' if rewind == 'lr' else ''}{replicate}.safetensors")
         arm, outcome = spied[f"round {round}, replicate {replicate}"]
         found = load_file(tmp_path / f"run/masks/{round + 1:02}-{replicate}.safetensors")
         for parameter, mask in found.items():
             old = arm.masks.get(parameter, torch.ones_like(mask))
-            scores = FORMULAS[name](outcome.final[parameter], arm.start[parameter])
+            scores = FORMULAS[name](outcome.final[parameter], start[parameter])
             assert torch.equal(mask, highest(scores, old, 0.3)), parameter
 
 
@@ -301,6 +306,19 @@ def test_learning_rate_rewinding_goes_on_from_the_trained_weights(
             assert same(load_file(tmp_path / f"run/init/{round:02}-{replicate}.safetensors"), before.final)
             assert arm.first == 0
             assert int(arm.start["norm.num_batches_tracked"]) == 12 * round
+
+
+@pytest.mark.parametrize(("rewind", "iteration"), [("0it", 0), ("5it", 5), ("lr", 0)])
+def test_sigma_is_that_of_the_initialization_wherever_the_tickets_start(
+    rewind: str, iteration: int, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe],
+    run_search: Search, tmp_path: Path,
+) -> None:  # fmt: skip
+    task = make_task()
+    run_search(make_recipe({"prune.rewind": rewind}), task, tmp_path / "run")
+    for ticket in contents.tickets(RunDir(tmp_path / "run"), 2):
+        initial = task.start(5 + ticket.about.replicate)
+        expected = {name: float(np.std(initial[name].double().numpy())) for name in ticket.masks}
+        assert ticket.about.sigma == pytest.approx(expected) and ticket.about.iteration == iteration
 
 
 def test_a_checkpoint_is_iteration_zero(
@@ -662,6 +680,22 @@ def test_the_plan_is_what_the_search_does(
     assert plan.shapes == {"fc1.weight": (16, 12), "fc2.weight": (4, 16)}
     files = sum(len(content) for name, content in tree(tmp_path / "run").items() if name.endswith("safetensors"))
     assert plan.disk < files < plan.disk + 10 * 4096  # headers and buffers come on top
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"prune.rewind": "lr"}, {"prune.every": 3}, {"prune.ahead": [2], "prune.finetune": 4}],
+)
+def test_the_plan_counts_what_every_kind_of_search_does(
+    settings: dict[str, Any], make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search,
+    watch: Mock, tmp_path: Path,
+) -> None:  # fmt: skip
+    task, recipe = make_task(), make_recipe(settings)
+    plan = planning.make_plan(recipe, task.model)
+    run_search(recipe, task, tmp_path / "run")
+    assert sum(call.args[0] for call in watch.tick.call_args_list) == 2 * plan.total
+    held = [tensor for file in (tmp_path / "run").rglob("*.safetensors") for tensor in load_file(file).values()]
+    assert plan.disk == sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 @pytest.mark.parametrize(

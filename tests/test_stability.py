@@ -159,6 +159,22 @@ def test_statistics_are_those_of_the_training_batches(
     assert errors_between(one, spoiled, task, how) == errors
 
 
+def test_targets_that_do_not_count_are_neither_right_nor_wrong(
+    make_task: Callable[..., Task], make_train: Callable[..., Train]
+) -> None:
+    plain = make_task("mlp")
+    assert plain.data is not None and isinstance(plain.data.test, Split)
+    inputs, targets = plain.data.test.inputs, plain.data.test.targets.clone()
+    targets[:25] = -100  # one chunk of nothing else, one of both
+    data = dataclasses.replace(plain.data, test=Split(inputs, targets))
+    task = dataclasses.replace(plain, data=data)
+    state = task.start(0)
+    model = copy.deepcopy(task.model)
+    model.load_state_dict(state)
+    wrong = (model(inputs).argmax(1) != targets)[25:].float().mean()
+    assert errors_between(state, state, task, make_train())[0] == pytest.approx(float(wrong))
+
+
 def test_outputs_that_are_no_numbers_are_all_wrong(
     make_task: Callable[..., Task], make_train: Callable[..., Train]
 ) -> None:
@@ -262,6 +278,7 @@ def test_pairs_share_their_beginning_and_differ_in_their_data_order(
             same = [torch.equal(one.start[name], origin.start[name]) for name in one.start]
             assert all(same) if k == 0 else not any(same)
     assert beginning[0] == [*asked.arms]
+    assert [len(each.barrier.values) for each in found.rungs] == [2, 2]
     assert sum(ticks) == found.iterations == 2 * 24 + 2 * (6 + 12)
     assert skipped == [asked.most(12) - found.iterations] == [0]
 

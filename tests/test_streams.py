@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -229,6 +230,13 @@ def test_a_flow_goes_over_the_data_set_again_and_again():
     found = list(flow(Counting(), 10).batches(Order(3, 4, 0, 7)))
     assert torch.cat([inputs[:, 0] for inputs, _ in found]).tolist() == [*range(10), *range(100, 110), *range(200, 208)]
     assert [len(targets) for _, targets in found] == [4] * 7  # batches go across the ends of passes
+    drawn = torch.cat([inputs[:, 1] for inputs, _ in found])
+    assert len(drawn.unique()) == 28, "what a pass draws, no other pass does"
+
+
+def test_classes_are_one_more_than_the_highest_label_that_is_known():
+    assert stream(Noisy()).classes is None
+    assert replace(stream(Noisy()), labels=Noisy.targets).classes == 4
 
 
 def masking(examples):

@@ -129,6 +129,32 @@ def test_what_the_ticket_says_of_itself(key: str, value: Any, run: RunDir) -> No
     assert failed(verify.of_run(run)) == {WINNER: f"not as in the run: its {key}"}
 
 
+@pytest.mark.parametrize(("section", "key", "value"), [("run", "seed", 6), ("data", "spec", "digits"), ("run", "x", 1)])
+def test_the_recipe_that_a_ticket_has(section: str, key: str, value: Any, run: RunDir) -> None:
+    """What it is trained by again; a key that an earlier version had not may be lacking."""
+    tensors, about = load_file(run.ticket_file), json.loads(metadata_of(run.ticket_file)["ticketfind"])
+    del about["recipe"]["prune"]["finetune"]
+    save_file(tensors, run.ticket_file, {"ticketfind": json.dumps(about)})
+    assert not failed(verify.of_run(run))
+    about["recipe"][section][key] = value
+    save_file(tensors, run.ticket_file, {"ticketfind": json.dumps(about)})
+    assert failed(verify.of_run(run)) == {WINNER: "not as in the run: its recipe"}
+
+
+@pytest.mark.parametrize("part", ["init/fc2.bias", "mask/fc1.weight"])
+def test_a_ticket_written_anew_with_other_contents(part: str, run: RunDir) -> None:
+    """Its hashes and counts are right: only the run knows better. In the mask one weight stands for another."""
+    ticket = load_ticket(run.ticket_file)
+    if part.startswith("init/"):
+        ticket.init["fc2.bias"][0] += 1
+    else:
+        flat = ticket.masks["fc1.weight"].view(-1)
+        kept, gone = int(flat.nonzero()[0]), int((~flat).nonzero()[0])
+        flat[kept], flat[gone] = False, True
+    ticket.save(run.ticket_file)
+    assert failed(verify.of_run(run)) == {WINNER: f"not as in the run: {part}"}
+
+
 @pytest.mark.parametrize("layout", ["full", "compact"])
 @pytest.mark.parametrize("said", [0.5, "many", None])
 def test_the_weights_remaining_that_a_ticket_says(said: Any, layout: str, run: RunDir, tmp_path: Path) -> None:

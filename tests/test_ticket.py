@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -158,6 +159,17 @@ def test_weights_keep_their_type_and_bits(layout: str, dtype: torch.dtype, ticke
     dataclasses.replace(ticket, init=init).save(tmp_path / "t", layout=layout)
     read = load_ticket(tmp_path / "t")
     assert same(read.weights(), dataclasses.replace(ticket, init=init).weights())
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_what_is_pruned_may_be_any_number(number: float, ticket: Ticket, tmp_path: Path) -> None:
+    """A search's rewind point is kept whole; what a mask takes away reaches no network."""
+    for name, mask in ticket.masks.items():
+        ticket.init[name].masked_fill_(~mask, number)
+    ticket.save(tmp_path / "t")
+    for name, value in load_ticket(tmp_path / "t").weights().items():
+        mask = ticket.masks.get(name, torch.ones_like(value, dtype=torch.bool))
+        assert torch.equal(value, ticket.init[name].where(mask, 0.0)), name
 
 
 def test_a_compact_ticket_is_not_passed_off_as_a_full_one(ticket: Ticket, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A ticket on data with other classes: what it starts from, against its file and plain PyTorch; what is refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,25 @@ def test_a_new_head_stays_whole_in_every_arm(
         assert kept[0] == kept[1], name
 
 
+def test_each_replicate_has_a_new_head_of_its_own_initialization(
+    make_task: Callable[..., Task], make_train: Callable[..., Train], make_ticket: Callable[..., Ticket],
+    trained_arms: dict[str, Arm],
+) -> None:  # fmt: skip
+    """And the ticket's weights everywhere else, be they masked or not."""
+
+    def two() -> list[Ticket]:
+        found = [make_ticket(make_task(Tokens), seed=seed) for seed in (3, 4)]
+        return [replace(ticket, about=replace(ticket.about, replicate=r)) for r, ticket in enumerate(found)]
+
+    task = make_task(SixClasses)
+    experiments.evaluate(Design(tickets=two(), against=two(), trials=1), task, make_train(iterations=2), first_seed=7)
+    for replicate in range(2):
+        for kind in ("ticket", "against", "dense", "random"):
+            start = trained_arms[f"{kind}, seed {7 + replicate}"].start
+            assert torch.equal(start["fc.weight"], task.fresh(replicate)["fc.weight"]), kind
+            assert torch.equal(start["table.weight"], two()[replicate].init["table.weight"]), kind
+
+
 class Tokens(nn.Module):
     """[b, 12] -> [b, 4], a row of its table for each of `tokens`."""
 
@@ -264,6 +284,14 @@ class Tokens(nn.Module):
 
 class MoreTokens(Tokens):
     tokens = 9
+
+
+class SixClasses(Tokens):
+    """[b, 12] -> [b, 6]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
 
 
 def test_a_table_of_tokens_is_no_head(

@@ -11,12 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
-from ticketfind import TicketfindError, contents, results, retraining, verify
-from ticketfind.arms import Task
-from ticketfind.recipe import Recipe
-from ticketfind.results import Round
+from ticketfind import TicketfindError, contents, masks, results, retraining, verify
+from ticketfind.arms import Arm, Outcome, Task
+from ticketfind.recipe import Recipe, Train
+from ticketfind.results import Measured, Round
 from ticketfind.rundir import RunDir
-from ticketfind.ticket import load_ticket
+from ticketfind.ticket import Ticket, load_ticket
 
 Search = Callable[..., list[Round]]
 MakeTask = Callable[..., Task]
@@ -168,6 +168,36 @@ def test_a_claim_that_is_not_reached(run: RunDir, make_recipe: MakeRecipe, make_
     found = retraining.retrain(ticket, make_task("normed"), make_recipe().train)
     check = verify.of_retraining(found)
     assert check.passed is False and "to be expected from 99.20%" in check.found
+
+
+@pytest.mark.parametrize(
+    ("claimed", "width"),
+    [
+        ([0.9], stats.norm.ppf(0.975) * (0.9 * 0.1 / 50) ** 0.5),  # a proportion's, over 50 examples
+        ([0.9, 0.9, 0.9], stats.norm.ppf(0.975) * (0.9 * 0.1 / 50) ** 0.5),
+        ([0.89, 0.91], stats.t.ppf(0.975, 1) * 0.02 / 2**0.5 * 1.5**0.5),
+        ([0.8999, 0.9001], 1 / 50),  # never less than one example
+        ([1.0], 1 / 50),
+    ],
+)
+def test_what_one_more_training_is_held_against(
+    claimed: list[float], width: float, make_task: MakeTask, make_train: Callable[..., Train],
+    make_ticket: Callable[..., Ticket],
+) -> None:  # fmt: skip
+    """The accuracy at early stop, beside what the claimed ones say of it."""
+
+    def train(task: Task, arm: Arm, work: Any) -> Outcome:
+        reached = Measured(early_stop=4, accuracy_early=0.88, accuracy_end=0.5, validation_loss=1.0)
+        return Outcome(None, (), masks.masked(arm.start, arm.masks), None, reached, 50)
+
+    task = make_task(trainer=train)
+    ticket = make_ticket(task)
+    ticket.about.claims["ticket"] = {"accuracy_early": {"values": claimed}}
+    found = retraining.retrain(ticket, task, make_train())
+    mean = sum(claimed) / len(claimed)
+    assert found.accuracy == 0.88 and found.claimed.mean == pytest.approx(mean)
+    assert (found.low, found.high) == pytest.approx((mean - width, mean + width), abs=1e-5)
+    assert found.is_inside == (abs(0.88 - mean) <= width + 1e-5)
 
 
 def test_a_ticket_is_trained_again_in_its_searchs_precision(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ticketfind import TicketfindError, contents, invariants, masks, patterns, readers, ticket
+from ticketfind import TicketfindError, contents, invariants, layers, masks, patterns, readers, ticket
 from ticketfind.digests import digest
 from ticketfind.masks import Masks
 from ticketfind.recipe import Recipe
@@ -216,10 +216,19 @@ def _is_winner(run: RunDir) -> Check:
         *_differing("mask", dict(found.masks), dict(expected.masks)),
         *_differing("init", dict(found.init), dict(expected.init)),
         *(f"its {key}" for key in ("claims", "iteration", "sigma", "aliases") if said[key] != true[key]),
+        *(["its recipe"] if _is_of_another_recipe(found, run) else []),
     ]
     if faults:
         return Check(what, False, f"not as in the run: {', '.join(faults[:3])}")
     return Check(what, True, f"round {choice.round}, replicate {choice.replicate}")
+
+
+def _is_of_another_recipe(found: ticket.Ticket, run: RunDir) -> bool:
+    """With what a later version adds to recipes filled in on both sides."""
+    try:
+        return any(layers.differences(layers.from_layers(found.about.recipe), run.recipe()))
+    except TicketfindError:
+        return True
 
 
 def _differing(section: str, a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> Iterator[str]:
