@@ -382,6 +382,17 @@ def test_masks_of_short_trainings_are_those_of_plain_pytorch(
     assert all(check.passed is not False for check in verify.of_run(RunDir(run)))
 
 
+@pytest.mark.parametrize("first", [0, 5])
+def test_trainings_that_are_pruned_on_their_way_are_planned_from_the_rewind_point(
+    first: int, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, watch: Mock,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    recipe = make_recipe({"prune.every": 4, "prune.rewind": f"{first}it"})
+    assert make_plan(recipe, make_task().model).total == 12 + 3 * (12 - first) + 3 * (12 - first)
+    run_search(recipe, make_task(), tmp_path / "run")
+    assert watch.begin.call_args.args == (sum(call.args[0] for call in watch.tick.call_args_list), 0)
+
+
 def test_single_masks_come_of_short_trainings_and_several_of_those_measured(
     make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, watch: Mock,
     tmp_path: Path,

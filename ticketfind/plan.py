@@ -52,8 +52,8 @@ class Plan:
         return sum(self.iterations) + sum(map(self.for_mask, self.drawn)) + tuned
 
     def for_mask(self, round: int) -> int:
-        """Iterations, at most, of a round's training for the next mask alone."""
-        return self.mask_iterations or self.iterations[round]
+        """Iterations, at most, of a round's training for the next mask alone, which starts from the rewind point."""
+        return self.mask_iterations or self.iterations[max(1, round)]
 
     def draws(self, round: int) -> range:
         """The rounds whose masks come of the training of a round that is measured."""
