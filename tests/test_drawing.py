@@ -390,7 +390,7 @@ def test_single_masks_come_of_short_trainings_and_several_of_those_measured(
     settings = {"prune.rounds": 9, "prune.ahead": [2, 2, 3, 1], "prune.finetune": 3}
     recipe = make_recipe({**settings, "prune.mask_iterations": "50%", "prune.mask_lr": 1.0})
     plan = make_plan(recipe, make_task().model)
-    assert (plan.drawn, plan.mask_iterations, plan.total) == ([7, 8], 6, 10 * 12 + 4 * 3 + 2 * 6)
+    assert (plan.drawn, plan.total) == ({7: 6, 8: 6}, 10 * 12 + 4 * 3 + 2 * 6)
     rounds = run_search(recipe, make_task(), tmp_path / "run")
     assert [round.round for round in rounds] == [*range(10)]
     lines = [json.loads(line) for line in (tmp_path / "run/drawn.jsonl").read_text().splitlines()]
@@ -627,6 +627,16 @@ def test_short_trainings_for_no_mask_are_refused(
     settings = {"prune.ahead": ahead, "prune.rounds": rounds, "prune.mask_iterations": 5}
     with pytest.raises(TicketfindError, match="expected a training that draws one mask, after the first, found none"):
         make_plan(make_recipe(settings), make_task().model)
+
+
+def test_a_learning_rate_for_no_mask_is_refused(
+    make_recipe: Callable[..., Recipe], make_task: Callable[..., Task]
+) -> None:
+    """With one round; pruning on the way, which draws the first mask apart too, has one."""
+    model, settings = make_task().model, {"prune.rounds": 1, "prune.mask_lr": 0.1}
+    assert make_plan(make_recipe({**settings, "prune.every": 3}), model).drawn == {0: 12}
+    with pytest.raises(TicketfindError, match=r"prune.mask_lr: expected a training that draws one mask, after the"):
+        make_plan(make_recipe({**settings, "prune.mask_stop": 0.8}), model)
 
 
 # ------------------------------------------------------------------------------------------ what fails

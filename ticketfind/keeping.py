@@ -100,14 +100,12 @@ class Keeper:
         """End a replicate in a round. untrained: it is the training for this round's mask that failed."""
         self.watch.note(f"{arm.name}: {outcome.reason}; it ends here, and the other replicates go on")
         over = {line["round"] for line in self.run.log() if line["replicate"] == replicate}
-        unmeasured = {*range(round + (not untrained), self.plan.measured)} - over
-        there, further = self.run.masks(), {number for first in self.plan.ahead for number in self.plan.tuned(first)}
-        undrawn = [later for later in self.plan.drawn if later >= round and (later + 1, replicate) not in there]
-        self.watch.skip(
-            sum(self.plan.iterations[later] for later in unmeasured) + sum(map(self.plan.for_mask, undrawn))
-        )
+        plan, unmeasured = self.plan, {*range(round + (not untrained), self.plan.measured)} - over
+        there, further = self.run.masks(), {number for first in plan.ahead for number in plan.tuned(first)}
+        undrawn = [n for later, n in plan.drawn.items() if later >= round and (later + 1, replicate) not in there]
+        self.watch.skip(sum(plan.iterations[later] for later in unmeasured) + sum(undrawn))
         untuned = [number for number in further if number > round and (number, replicate) not in there]
-        self.watch.skip(self.plan.finetune * len(untuned))
+        self.watch.skip(plan.finetune * len(untuned))
         line = {"round": round, "replicate": replicate, "failed": f"{arm.name}: {outcome.reason}"}
         self.run.append({**line, "untrained": True} if untrained else line)
 

@@ -99,7 +99,7 @@ class _Job:
         self.watch.skip(sum(self.plan.iterations[round] * len(now.alive(round)) for round in unseen))
         spared = [number for round in self.plan.ahead for number in self.plan.tuned(round)]
         self.watch.skip(sum(self.plan.finetune * len(self.untuned(number, now)) for number in spared))
-        self.watch.skip(sum(self.plan.for_mask(round) * len(self.undrawn(round, now)) for round in self.plan.drawn))
+        self.watch.skip(sum(length * len(self.undrawn(round, now)) for round, length in self.plan.drawn.items()))
 
     def measure(self, round: int) -> None:
         """Train what is not yet trained of a round, in full; it draws the next mask, if none does it apart."""
@@ -125,7 +125,7 @@ class _Job:
         with closing(self.for_masks(round + 1, todo, over, trainings)) as drawn:
             for replicate, arm, outcome in drawn:
                 done = outcome.points[-1].iteration - arm.first
-                self.watch.skip(self.plan.for_mask(round) - done)
+                self.watch.skip(self.plan.drawn[round] - done)
                 self.keeper.keep(round, replicate, arm, outcome, self.keeper.initial(arm))
                 line = {"round": round, "replicate": replicate, "iterations": done}
                 self.run.append({**line, "accuracy_end": outcome.measured.accuracy_end}, self.run.drawn_file)
@@ -228,7 +228,7 @@ class _Job:
                 own = {line["replicate"]: line["iterations"] for line in now.drawn if line["round"] == round}
                 todo = self.undrawn(round, now)  # in step with another also what is over
                 left = set(alive) - now.drawn_over(round)
-                total += self.plan.for_mask(round) * len(left) + sum(own.values())
+                total += self.plan.drawn[round] * len(left) + sum(own.values())
                 done += sum(iterations for replicate, iterations in own.items() if replicate not in todo)
         return total, done
 
