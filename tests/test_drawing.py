@@ -548,6 +548,10 @@ def test_a_search_that_draws_apart_goes_on_to_the_same_bytes(
             "prune.mask_iterations: expected 1 to the 8 iterations of a round",
         ),
         (
+            {"prune.mask_iterations": 3, "prune.rewind": 2, "train.warmup": 6},
+            "prune.mask_iterations: expected an end after the warmup, iteration 6, found 5; take more",
+        ),
+        (
             {"prune.mask_iterations": 3, "train.trainer": "a:b"},
             "prune.mask_iterations: expected null, as a training of your",
         ),

@@ -235,7 +235,8 @@ class Recipe:
                 f"prune.rewind: expected an iteration before the end of the training ({lengths.total}),"
                 f" found {int(rewind)}"
             )
-        round_length = lengths.total - (int(rewind) if isinstance(rewind, Duration) and rewind.unit == "it" else 0)
+        first = int(rewind) if isinstance(rewind, Duration) and rewind.unit == "it" else 0
+        round_length = lengths.total - first
         asked = {key: getattr(self.prune, key) for key in ("every", "mask_iterations", "finetune")}
         within: dict[str, Any] = {
             key: lengths.at(own) for key, own in asked.items() if own is not None and lengths.known
@@ -250,6 +251,11 @@ class Recipe:
         if lengths.total and int(warmup) > lengths.total:
             faults.append(
                 f"train.warmup: expected at most the training's {lengths.total} iterations, found {int(warmup)}"
+            )
+        elif "mask_iterations" in within and int(warmup) > first + int(within["mask_iterations"]):
+            faults.append(
+                f"prune.mask_iterations: expected an end after the warmup, iteration {int(warmup)},"
+                f" found {first + int(within['mask_iterations'])}; take more, or a shorter train.warmup"
             )
         if faults:
             raise RecipeError("\n".join(faults))
