@@ -726,6 +726,17 @@ def test_a_replicate_that_fails_takes_nothing_with_it(
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 
 
+def test_what_fails_for_a_mask_alone_is_said_to(
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
+) -> None:
+    """Under a name of its own, and of neither `train.lr` nor its flag, which it does not go by."""
+    recipe = make_recipe({"prune.mask_iterations": 3, "prune.mask_lr": 1e30, "run.replicates": 1, "run.tolerance": 9})
+    run_search(recipe, make_task(), tmp_path / "run")
+    (failed,) = [line["failed"] for line in RunDir(tmp_path / "run").log() if "failed" in line]
+    assert failed.startswith("round 1, replicate 0, for the mask of round 2: the loss is not finite at iteration ")
+    assert "learning rate (now 1e+30)" in failed and "--lr" not in failed
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_crash_after_a_failure_leaves_those_trained_in_step_together(
     which: int, make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, watch: Mock,

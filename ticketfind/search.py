@@ -294,7 +294,8 @@ class _Job:
     def arm(self, round: int, replicate: int, *, for_mask: bool = False) -> Arm:
         """Train from initialization in round 0, then (and for a mask alone) from the rewind point, under the mask
         drawn before."""
-        name, seed = f"round {round}, replicate {replicate}", self.recipe.run.seed + replicate
+        alone = f", for the mask of round {round + 1}" if for_mask else ""
+        name, seed = f"round {round}, replicate {replicate}{alone}", self.recipe.run.seed + replicate
         if round == 0 and for_mask:
             start = self.keeper.at_rewind_point(replicate)
             return Arm(name, start, masks.dense(self.plan.shapes), seed, self.plan.rewind, 0, replicate)
