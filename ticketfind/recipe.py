@@ -134,11 +134,11 @@ class Prune:
     """End a training that is there for the mask alone once the masks of two evaluations in a row agree as much (Cohen's
     kappa over the weights left); null: masks are drawn from the full trainings."""
     mask_iterations: Duration | None = _key(readers.or_null(readers.duration), None)
-    """Length, from the rewind point, of the training that draws a mask, where it draws no others (see ahead): it is then
-    there for the mask alone; null: masks are drawn from the full trainings."""
+    """Length, from the rewind point, of the training that draws a mask, where it draws no others (see ahead): it is
+    then there for the mask alone; null: masks are drawn from the full trainings."""
     mask_lr: float | None = _key(readers.or_null(readers.positive), None)
-    """Learning rate, at its highest, of trainings that are there for one mask alone (every, mask_stop, mask_iterations);
-    null: train.lr."""
+    """Learning rate, at its highest, of trainings that are there for one mask alone (every, mask_stop,
+    mask_iterations); null: train.lr."""
     ahead: tuple[int, ...] = _key(readers.list_of(readers.whole(1), "a list of numbers of rounds"), [1])
     """How many rounds' masks a training draws, training after training; the last number goes on."""
     finetune: Duration | None = _key(readers.or_null(readers.duration), None)
