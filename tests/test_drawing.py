@@ -646,12 +646,12 @@ def test_a_learning_rate_for_no_mask_is_refused(
 # ------------------------------------------------------------------------------------------ what fails
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, apart: bool, places: set[tuple[int, int]]) -> None:
-    """Have trainings of these (round, replicate) fail: those for a mask alone, or those that are measured."""
+def failing(monkeypatch: pytest.MonkeyPatch, apart: bool | None, places: set[tuple[int, int]]) -> None:
+    """Have trainings of these (round, replicate) fail: those for a mask alone, those measured, or (None) both."""
 
     def some(*args: Any, **more: Any) -> Any:
         for arm, outcome in fit(*args, **more):
-            is_bad = ("watched" in more) == apart and (arm.round, arm.replicate) in places
+            is_bad = apart in (None, "watched" in more) and (arm.round, arm.replicate) in places
             yield arm, Failed(1, "the loss is not finite") if is_bad else outcome
 
     for module in ("drawing", "search"):
@@ -950,14 +950,19 @@ def test_an_arm_that_fails_beside_one_that_has_enough_leaves_the_rest_of_the_who
         ({"prune.ahead": [2]}, False, {(1, 1)}),
         ({"prune.ahead": [3], "prune.finetune": 3}, True, {(1, 1)}),
         ({"prune.ahead": [2], "prune.finetune": 3}, False, {(0, 1)}),
+        ({"prune.mask_iterations": 5, "prune.ahead": [2, 1], "prune.rounds": 5}, False, {(2, 1)}),
+        ({"prune.mask_stop": 1.0}, None, {(1, 1)}),  # for the mask of round 2, and later as it is measured
+        ({"prune.mask_iterations": 5, "prune.rounds": 5}, None, {(2, 1)}),
+        ({"prune.ahead": [4], "prune.finetune": 3, "prune.rounds": 5}, None, {(1, 1)}),
     ],
 )
 def test_what_a_failure_spares_is_counted(
-    settings: dict[str, Any], apart: bool, places: set[tuple[int, int]], make_task: Callable[..., Task],
+    settings: dict[str, Any], apart: bool | None, places: set[tuple[int, int]], make_task: Callable[..., Task],
     make_recipe: Callable[..., Recipe], run_search: Search, watch: Mock, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The failures here are told of when the training is over: all of it has been done."""
+    """Once, though a replicate may fail twice. The failures here are told of when the training is over: all of it has
+    been done."""
     failing(monkeypatch, apart, places)
     run_search(make_recipe(settings), make_task(), tmp_path / "run")
     total, _ = watch.begin.call_args.args
