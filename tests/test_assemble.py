@@ -1,11 +1,13 @@
 import sys
+from typing import Any
 
 import pytest
 import torch
 
 from ticketfind import TicketfindError, assemble, models, scores
 from ticketfind.connection import is_disconnected
-from ticketfind.layers import from_layers
+from ticketfind.layers import from_layers, nested
+from ticketfind.readers import Duration
 from ticketfind.recipe import RecipeError
 
 USER = """
@@ -180,6 +182,27 @@ def test_a_ticket_is_trained_again_without_its_checkpoint(user):
     assert (found.model.spec, found.train, found.prune) == ("resnet10t", asked.train, asked.prune)
     own = recipe(user, model_args={"pretrained": True})
     assert assemble.for_ticket(own).model.args == {"pretrained": True}  # the user's factory may mean something else
+
+
+@pytest.mark.parametrize(
+    "prune",
+    [
+        {"every": 30},
+        {"mask_stop": 0.8, "mask_lr": 0.1},
+        {"mask_iterations": 30, "mask_lr": 0.1},
+        {"ahead": [4, 4], "finetune": 30},
+    ],
+)
+def test_a_ticket_is_trained_again_for_less_long_than_its_mask_took(prune: dict[str, Any]):
+    found = from_layers(
+        {"model": {"spec": "lenet-300-100"}, "data": {"spec": "digits"}, "prune": {"rewind": 0, **prune}}
+    )
+    own = found.resolved(train_size=900, validation=None, device="cpu")
+    shorter = {"train.iterations": 20, "train.trainer": "a:b"}
+    with pytest.raises(TicketfindError, match=r"prune\."):
+        from_layers(own.plain(), nested(shorter)).resolved(train_size=900, validation=None, device="cpu")
+    asked = from_layers(assemble.for_ticket(own).plain(), nested({**shorter, "run.tolerance": 1}))
+    assert asked.resolved(train_size=900, validation=None, device="cpu").train.iterations == Duration(20)
 
 
 def test_a_model_alone_is_as_its_factory_makes_it():

@@ -173,6 +173,16 @@ def test_dry_run_trains_and_writes_nothing(run, tmp_path):
     assert not files_in(tmp_path)
 
 
+def test_dry_run_says_how_long_trainings_for_single_masks_are(run):
+    """Rounds 3 to 6 draw one mask each; the dense training draws three."""
+    words = ["--iterations", "200", "--rounds", "7", "--replicates", "2", "--ahead", "3", "--ahead", "1"]
+    words += ["--mask-iterations", "40%", "--dry-run"]
+    assert run("search", *words, "--json").json["iterations"] == 2 * (8 * 200 + 4 * 80)
+    assert (
+        "3,840 iterations in all, 4 rounds trained twice, once for the mask, 80 iterations" in run("search", *words).out
+    )
+
+
 def test_dry_run_says_what_there_is_between_masks(run):
     """Rounds 0 and 4 draw four masks and three: 3 + 2 times 50 iterations for each of 2 replicates."""
     words = ["--iterations", "200", "--rounds", "7", "--replicates", "2", "--ahead", "4", "--finetune", "50"]
@@ -271,7 +281,7 @@ BAD = {
     "model-arg": (["search", "--model-arg", "width"], 2, ["KEY=VALUE"]),
     "labels outside": (["search", "--model-arg", "num_classes=5"], 1, ["labels 0 to 9", "[2, 5]"]),
     "unknown argument": (["search", "--model-arg", "depth=5"], 1, ["lenet-300-100", "depth"]),
-    "non-finite": (["search", *SMALL, "--lr", "1e30"], 1, ["round 0, replicate", "iteration 1", "--lr"]),
+    "non-finite": (["search", *SMALL, "--lr", "1e30"], 1, ["round 0, replicate", "iteration 1", "lower learning rate"]),
     "batch": (["search", "--batch-size", "2000"], 2, ["train.batch_size", "1197", "2000"]),
     "glob": (["search", "--skip", "conv*"], 1, ["prune.skip", "conv*", "fc1.weight"]),
     "nothing left": (["search", "--skip", "*"], 1, ["parameter to prune"]),

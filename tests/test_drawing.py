@@ -401,7 +401,7 @@ def test_single_masks_come_of_short_trainings_and_several_of_those_measured(
     settings = {"prune.rounds": 9, "prune.ahead": [2, 2, 3, 1], "prune.finetune": 3}
     recipe = make_recipe({**settings, "prune.mask_iterations": "50%", "prune.mask_lr": 1.0})
     plan = make_plan(recipe, make_task().model)
-    assert (plan.drawn, plan.mask_iterations, plan.total) == ([7, 8], 6, 10 * 12 + 4 * 3 + 2 * 6)
+    assert (plan.apart, plan.total) == ({7: 6, 8: 6}, 10 * 12 + 4 * 3 + 2 * 6)
     rounds = run_search(recipe, make_task(), tmp_path / "run")
     assert [round.round for round in rounds] == [*range(10)]
     lines = [json.loads(line) for line in (tmp_path / "run/drawn.jsonl").read_text().splitlines()]
@@ -559,6 +559,10 @@ def test_a_search_that_draws_apart_goes_on_to_the_same_bytes(
             "prune.mask_iterations: expected 1 to the 8 iterations of a round",
         ),
         (
+            {"prune.mask_iterations": 3, "prune.rewind": 2, "train.warmup": 6},
+            "prune.mask_iterations: expected an end after the warmup, iteration 6, found 5; take more",
+        ),
+        (
             {"prune.mask_iterations": 3, "train.trainer": "a:b"},
             "prune.mask_iterations: expected null, as a training of your",
         ),
@@ -640,15 +644,25 @@ def test_short_trainings_for_no_mask_are_refused(
         make_plan(make_recipe(settings), make_task().model)
 
 
+def test_a_learning_rate_for_no_mask_is_refused(
+    make_recipe: Callable[..., Recipe], make_task: Callable[..., Task]
+) -> None:
+    """With one round; pruning on the way, which draws the first mask apart too, has one."""
+    model, settings = make_task().model, {"prune.rounds": 1, "prune.mask_lr": 0.1}
+    assert make_plan(make_recipe({**settings, "prune.every": 3}), model).drawn == {0: 12}
+    with pytest.raises(TicketfindError, match=r"prune.mask_lr: expected a training that draws one mask, after the"):
+        make_plan(make_recipe({**settings, "prune.mask_stop": 0.8}), model)
+
+
 # ------------------------------------------------------------------------------------------ what fails
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, apart: bool, places: set[tuple[int, int]]) -> None:
-    """Have trainings of these (round, replicate) fail: those for a mask alone, or those that are measured."""
+def failing(monkeypatch: pytest.MonkeyPatch, apart: bool | None, places: set[tuple[int, int]]) -> None:
+    """Have trainings of these (round, replicate) fail: those for a mask alone, those measured, or (None) both."""
 
     def some(*args: Any, **more: Any) -> Any:
         for arm, outcome in fit(*args, **more):
-            is_bad = ("watched" in more) == apart and (arm.round, arm.replicate) in places
+            is_bad = apart in (None, "watched" in more) and (arm.round, arm.replicate) in places
             yield arm, Failed(1, "the loss is not finite") if is_bad else outcome
 
     for module in ("drawing", "search"):
@@ -721,6 +735,17 @@ def test_a_replicate_that_fails_takes_nothing_with_it(
             continue
         break
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+
+
+def test_what_fails_for_a_mask_alone_is_said_to(
+    make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search, tmp_path: Path
+) -> None:
+    """Under a name of its own, and of neither `train.lr` nor its flag, which it does not go by."""
+    recipe = make_recipe({"prune.mask_iterations": 3, "prune.mask_lr": 1e30, "run.replicates": 1, "run.tolerance": 9})
+    run_search(recipe, make_task(), tmp_path / "run")
+    (failed,) = [line["failed"] for line in RunDir(tmp_path / "run").log() if "failed" in line]
+    assert failed.startswith("round 1, replicate 0, for the mask of round 2: the loss is not finite at iteration ")
+    assert "learning rate (now 1e+30)" in failed and "--lr" not in failed
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -936,14 +961,19 @@ def test_an_arm_that_fails_beside_one_that_has_enough_leaves_the_rest_of_the_who
         ({"prune.ahead": [2]}, False, {(1, 1)}),
         ({"prune.ahead": [3], "prune.finetune": 3}, True, {(1, 1)}),
         ({"prune.ahead": [2], "prune.finetune": 3}, False, {(0, 1)}),
+        ({"prune.mask_iterations": 5, "prune.ahead": [2, 1], "prune.rounds": 5}, False, {(2, 1)}),
+        ({"prune.mask_stop": 1.0}, None, {(1, 1)}),  # for the mask of round 2, and later as it is measured
+        ({"prune.mask_iterations": 5, "prune.rounds": 5}, None, {(2, 1)}),
+        ({"prune.ahead": [4], "prune.finetune": 3, "prune.rounds": 5}, None, {(1, 1)}),
     ],
 )
 def test_what_a_failure_spares_is_counted(
-    settings: dict[str, Any], apart: bool, places: set[tuple[int, int]], make_task: Callable[..., Task],
+    settings: dict[str, Any], apart: bool | None, places: set[tuple[int, int]], make_task: Callable[..., Task],
     make_recipe: Callable[..., Recipe], run_search: Search, watch: Mock, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The failures here are told of when the training is over: all of it has been done."""
+    """Once, though a replicate may fail twice. The failures here are told of when the training is over: all of it has
+    been done."""
     failing(monkeypatch, apart, places)
     run_search(make_recipe(settings), make_task(), tmp_path / "run")
     total, _ = watch.begin.call_args.args

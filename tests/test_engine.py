@@ -232,7 +232,7 @@ def test_a_loss_that_is_not_finite_ends_its_arm_and_no_other(
     arms = [Arm("round 0, replicate 0", task.start(0), {}, 0), Arm("round 0, replicate 1", huge, {}, 1, first=3)]
     (_, good), (_, failed) = fit(arms, task, make_train(), way=Way(way, at_once=8))
     assert isinstance(failed, Failed) and failed.iteration == 3
-    assert failed.reason.startswith("the loss is not finite at iteration 3; try a lower --lr")
+    assert failed.reason.startswith("the loss is not finite at iteration 3; try a lower learning rate")
     ((_, alone),) = fit(arms[:1], task, make_train(), way=Way(way, at_once=8))
     assert good.points == alone.points and all(torch.equal(good.final[name], alone.final[name]) for name in good.final)
     assert not multiprocessing.active_children()

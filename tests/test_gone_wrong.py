@@ -76,7 +76,7 @@ def test_a_replicate_that_fails_stops_alone(
     assert [round.replicates for round in rounds] == [(0, 1, 2), (0, 1, 2), (0, 2), (0, 2)]
     assert [[*round.failed] for round in rounds] == [[], [], [1], []]
     reason = rounds[2].failed[1]
-    assert reason.startswith("round 2, replicate 1: the loss is not finite at iteration 0; try a lower --lr")
+    assert reason.startswith("round 2, replicate 1: the loss is not finite at iteration 0; try a lower learning rate")
     assert f"{reason}; it ends here, and the other replicates go on" in [c.args[0] for c in watch.note.call_args_list]
     assert files_of(tmp_path / "run", {0, 2}) == files_of(tmp_path / "whole", {0, 2})
     assert not (tmp_path / "run/masks/03-1.safetensors").exists()

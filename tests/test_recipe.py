@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 
 import hypothesis.strategies as st
 import pytest
@@ -348,6 +349,13 @@ def test_contradictions_too_are_reported_at_once():
 
 
 # -------------------------------------------------------------------------- layers, files, differences
+
+
+@pytest.mark.parametrize("tenths", [7, 41, 290, 333, 570, 999])
+def test_a_percentage_is_the_number_nearest_to_it(tenths: int):
+    """So that a round that leaves exactly so much is the last."""
+    asked = from_layers({"prune": {"until": f"{tenths / 10}%", "rounds": None}})
+    assert asked.prune.until == float(Fraction(tenths, 1000))
 
 
 def test_later_layers_win_and_mappings_are_replaced_whole():

@@ -382,6 +382,18 @@ def test_attacks_that_do_not_compare_are_left_out_and_it_is_said(
     assert note in page.text
 
 
+def test_attacks_of_other_numbers_of_trials_of_one_ticket_do_not_compare(run: RunDir) -> None:
+    """Each of which counts as a replicate: `trials` is 1 in both."""
+    for day, (name, *values) in enumerate((("fgsm:0.1", 0.3, 0.4, 0.5), ("fgsm:0.2", 0.3, 0.4)), 2):
+        found = LEVELS | {"trials": 1, "attacks": attacked(clean={"ticket": values}, **{name: {"ticket": values}})}
+        file = run.evals_folder / f"03-2026010{day}T000000.json"
+        file.write_text(evaluation(0.343, found, ticket=stats(*values)))
+    written = report.write(run)
+    page = Page(written.page.read_text(encoding="utf-8"))
+    assert [row[0] for row in page.tables["attacks-3"][1:]] == ["clean", "fgsm:0.2"]
+    assert [note.partition("left out: ")[2] for note in written.notes] == ["replicates 3, not 2."]
+
+
 def test_evaluations_that_do_not_say_their_settings_stand_alone(run: RunDir) -> None:
     """Those of earlier versions: whether two are of the same examples is not known, though both say as little."""
     older, newer = (

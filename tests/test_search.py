@@ -684,7 +684,13 @@ def test_the_plan_is_what_the_search_does(
 
 @pytest.mark.parametrize(
     "settings",
-    [{"prune.rewind": "lr"}, {"prune.every": 3}, {"prune.ahead": [2], "prune.finetune": 4}],
+    [
+        {"prune.rewind": "lr"},
+        {"prune.every": 3},
+        {"prune.ahead": [2], "prune.finetune": 4},
+        {"prune.mask_iterations": 5, "prune.rewind": "lr"},
+        {"prune.mask_iterations": 5, "prune.rewind": "4it", "prune.ahead": [2, 1], "prune.rounds": 5},
+    ],
 )
 def test_the_plan_counts_what_every_kind_of_search_does(
     settings: dict[str, Any], make_task: Callable[..., Task], make_recipe: Callable[..., Recipe], run_search: Search,

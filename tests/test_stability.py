@@ -426,6 +426,13 @@ def test_a_model_a_recipe_and_a_run(command: Callable[..., Any]) -> None:
     assert other["remaining"] == pytest.approx(0.8, abs=0.01)
 
 
+def test_of_a_run_shorter_trainings_than_those_for_its_masks(command: Callable[..., Any]) -> None:
+    search = ("search", "digits", *SMALL, "--rounds", "2", "--rewind", "0it", "--mask-iterations", "15it")
+    assert command(*search, "--set", "run.tolerance=100").code == 0
+    dense, sparse = command("stability", "--iterations", "10", "--at", "0", "--json").json["networks"]
+    assert (dense["ladder"], sparse["ladder"]) == ([0], [0])
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -251,7 +251,7 @@ def test_a_validation_loss_that_is_not_finite_ends_the_training(
     failed = fit_one(Arm("noise=2, seed 1", task.start(0), {}, 0), task, make_train())
     assert isinstance(failed, Failed) and failed.iteration == 4
     assert failed.reason.startswith(
-        "the loss or metric of an evaluation is not finite at iteration 4; try a lower --lr (now 0.1)"
+        "the loss or metric of an evaluation is not finite at iteration 4; try a lower learning rate (now 0.1)"
     )
 
 

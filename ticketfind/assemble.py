@@ -323,4 +323,12 @@ def for_ticket(recipe: Recipe) -> Recipe:
     model = dataclasses.replace(
         recipe.model, checkpoint=None, checkpoint_key=None, trained=None, trained_key=None, allow_mismatch=(), args=args
     )
-    return dataclasses.replace(recipe, model=model)
+    return masks_given(dataclasses.replace(recipe, model=model))
+
+
+def masks_given(recipe: Recipe) -> Recipe:
+    """The recipe where the masks are there: how long trainings for masks are is not asked of those that are left."""
+    prune = dataclasses.replace(
+        recipe.prune, every=None, mask_stop=None, mask_iterations=None, mask_lr=None, ahead=(1,), finetune=None
+    )
+    return dataclasses.replace(recipe, prune=prune)

@@ -39,7 +39,7 @@ class Entry:
     @property
     def trainings(self) -> int:
         """Of a whole search."""
-        return (len(self.plan.iterations) + len(self.plan.drawn)) * self.recipe.run.replicates
+        return (len(self.plan.iterations) + len(self.plan.apart)) * self.recipe.run.replicates
 
     @property
     def iterations(self) -> int:

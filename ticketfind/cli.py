@@ -91,7 +91,7 @@ def _search(asked: "Recipe", out: Path | None, dry_run: bool, screen: "Screen") 
         replicates = terminal.plural(recipe.run.replicates, "replicate")
         what = views.subject(recipe.model.spec, recipe.data.spec)
         screen.message(f"{run.path}: {doing} {what}, {replicates}, {task.device}")
-        begun = not (planned.drawn or planned.finetune or recipe.train.is_external)  # else one under way is done again
+        begun = not (planned.apart or planned.finetune or recipe.train.is_external)  # else one under way is done again
         kept = "what is done is kept" if begun else "trainings that are done are kept"
         with _resumable(f"{kept} in {run.path}", run, screen), terminal.SearchWatch(screen, signals.heed) as watch:
             rounds = searching.search(recipe, task, run, planned, score, watch)

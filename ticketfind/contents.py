@@ -57,12 +57,12 @@ def _replicates(run: RunDir, recipe: Recipe, rounds: list[results.Round], round:
     Raises TicketfindError where none has.
     """
     found = next((each.replicates for each in rounds if each.round == round), ())
-    if not found and rounds and _draws_apart(recipe):
+    if not found and rounds and _draws_unmeasured(recipe):
         found = tuple(r for r in rounds[0].replicates if run.mask_file(round, r).exists())
     if round >= 1 and found:
         return found
     known = {each.round for each in rounds if each.round}
-    if rounds and _draws_apart(recipe):
+    if rounds and _draws_unmeasured(recipe):
         known |= {number for number, replicate in run.masks() if replicate in rounds[0].replicates}
     numbers = [str(number) for number in sorted(known)]
     whole = len(numbers) > 1 and numbers == [str(n) for n in range(1, len(numbers) + 1)]
@@ -71,7 +71,7 @@ def _replicates(run: RunDir, recipe: Recipe, rounds: list[results.Round], round:
     raise TicketfindError(f"{run.path}: round: expected {there}, found {round}")
 
 
-def _draws_apart(recipe: Recipe) -> bool:
+def _draws_unmeasured(recipe: Recipe) -> bool:
     """Whether masks are drawn that are not measured: from weights that are trained already, for themselves, or
     several from one training."""
     prune = recipe.prune

@@ -116,8 +116,8 @@ class Drawing:
 
 
 def _for_mask(how: Train, settings: Prune) -> Train:
-    """How a training goes that is there for a mask alone: the schedule drawn together to its length after the rewind
-    point (but for the warmup), at its own learning rate."""
+    """How a training goes that is there for a mask alone: as the rest, after the rewind point, of a whole one that ends
+    with it (cosine and milestones drawn together, the warmup as it is), at its own learning rate."""
     first, total = int(settings.rewind) if isinstance(settings.rewind, Duration) else 0, int(how.iterations)
     end = total if settings.mask_iterations is None else first + int(settings.mask_iterations)
     milestones = tuple(Duration(round(int(milestone) * end / total)) for milestone in how.milestones)

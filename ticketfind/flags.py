@@ -19,7 +19,7 @@ def pairs(texts: list[str], flag: str) -> dict[str, Any]:
 
 
 def attacks(texts: list[str]) -> list[tuple[str, float]]:
-    """``fgsm:0.1`` texts as kinds and levels, each once, in this order."""
+    """``fgsm:0.1`` texts as kinds and levels, each once, sorted."""
     found = []
     for text in texts:
         kind, _, level = text.partition(":")

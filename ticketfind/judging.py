@@ -158,7 +158,7 @@ def stability(
         asked = layers.from_layers(*base, layers.nested({"run.tolerance": 0, **named, **settings}))
     else:
         settings = {"run.engine": "auto", "run.arms_at_once": None, **settings}
-        asked = layers.from_layers(run.recipe().plain(), layers.nested(settings))
+        asked = layers.from_layers(assemble.masks_given(run.recipe()).plain(), layers.nested(settings))
         if round is not None or results.winner_of(contents.finished_rounds(run)):
             tickets = contents.tickets(run, round)
     recipe, task = assemble.assemble(asked, arms=finder.trainings(asked.run))

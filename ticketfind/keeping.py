@@ -99,17 +99,22 @@ class Keeper:
     def fail(self, round: int, replicate: int, arm: Arm, outcome: Failed, *, untrained: bool = False) -> None:
         """End a replicate in a round. untrained: it is the training for this round's mask that failed."""
         self.watch.note(f"{arm.name}: {outcome.reason}; it ends here, and the other replicates go on")
-        over = {line["round"] for line in self.run.log() if line["replicate"] == replicate}
-        unmeasured = {*range(round + (not untrained), self.plan.measured)} - over
-        there, further = self.run.masks(), {number for first in self.plan.ahead for number in self.plan.tuned(first)}
-        undrawn = [later for later in self.plan.drawn if later >= round and (later + 1, replicate) not in there]
-        self.watch.skip(
-            sum(self.plan.iterations[later] for later in unmeasured) + sum(map(self.plan.for_mask, undrawn))
-        )
-        untuned = [number for number in further if number > round and (number, replicate) not in there]
-        self.watch.skip(self.plan.finetune * len(untuned))
+        self.watch.skip(self.spared(round, replicate, round if untrained else round + 1))
         line = {"round": round, "replicate": replicate, "failed": f"{arm.name}: {outcome.reason}"}
         self.run.append({**line, "untrained": True} if untrained else line)
+
+    def spared(self, round: int, replicate: int, first: int) -> int:
+        """Iterations that are not done where a replicate ends in a round, and is not measured from `first` on; but for
+        those that are spared already, as it has ended in a later round before."""
+        plan, there = self.plan, self.run.masks()
+        lines = [line for line in self.run.log() if line["replicate"] == replicate]
+        over = {line["round"] for line in lines}
+        end = min((line["round"] for line in lines if "failed" in line), default=len(plan.kept))
+        apart = {before + 1: iterations for before, iterations in plan.apart.items()}
+        apart |= {number: plan.finetune for drawing in plan.ahead for number in plan.tuned(drawing)}
+        undrawn = [number for number in apart if round < number < end and (number, replicate) not in there]
+        unmeasured: set[int] = {*range(first, min(plan.measured, end))} - over
+        return sum(apart[number] for number in undrawn) + sum(plan.iterations[later] for later in unmeasured)
 
     def hold(self, arm: Arm, outcome: Outcome, faults: list[str]) -> None:
         """Raise Violated where there are faults, once what there is has been saved."""

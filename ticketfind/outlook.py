@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 def show_plan(screen: Screen, recipe: "Recipe", plan: "Plan") -> None:
     """`search --dry-run`."""
     total = plan.total * recipe.run.replicates
-    twice = f", {plural(len(plan.drawn), 'round')} trained twice, once for the mask" if plan.drawn else ""
+    short = recipe.prune.mask_iterations
+    length = "" if short is None else f", {int(short):,} iterations"
+    twice = f", {plural(len(plan.apart), 'round')} trained twice, once for the mask{length}" if plan.apart else ""
     tuned = sum(len(plan.tuned(round)) for round in plan.ahead)
     between = f", {plural(tuned, 'time')} {plan.finetune:,} a replicate between masks" if tuned else ""
     screen.print(escape(layers.to_yaml(recipe)))

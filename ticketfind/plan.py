@@ -29,11 +29,10 @@ class Plan:
     measured: int
     """Rounds that are measured, the dense one included: all, but that a one-shot mask from weights that are trained
     already is drawn and no more; at most, where the search may end before."""
-    drawn: list[int]
-    """Rounds with a training of its own for the next mask, beside the one that is measured: with `prune.mask_stop` and
-    `prune.mask_iterations` those that draw one mask, but the first; with `prune.every` that too."""
-    mask_iterations: int | None
-    """Its iterations; None: at most as many as the round's."""
+    apart: dict[int, int]
+    """Rounds with a training of its own for the next mask, beside the one that is measured, and its iterations, at
+    most: with `prune.mask_stop` and `prune.mask_iterations` those that draw one mask, but the first; with `prune.every`
+    that too."""
     ahead: dict[int, int]
     """Rounds that draw masks in the training that is measured, and how many; they are measured first."""
     finetune: int
@@ -49,16 +48,12 @@ class Plan:
     def total(self) -> int:
         """Iterations of one replicate, at most."""
         tuned = sum(self.finetune * len(self.tuned(round)) for round in self.ahead)
-        return sum(self.iterations) + sum(map(self.for_mask, self.drawn)) + tuned
-
-    def for_mask(self, round: int) -> int:
-        """Iterations, at most, of a round's training for the next mask alone, which starts from the rewind point."""
-        return self.mask_iterations or self.iterations[max(1, round)]
+        return sum(self.iterations) + sum(self.apart.values()) + tuned
 
     def draws(self, round: int) -> range:
         """The rounds whose masks come of the training of a round that is measured."""
         following = range(round + 1, len(self.kept))
-        return range(0) if round in self.drawn else following[: self.ahead.get(round, 0)]
+        return range(0) if round in self.apart else following[: self.ahead.get(round, 0)]
 
     def tuned(self, round: int) -> range:
         """Those of them whose masks are drawn after training on, under the mask before."""
@@ -109,7 +104,8 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
         if settings.rounds == 1:
             iterations[1], measured = 0, 1
     ahead, first = _ahead(settings.ahead, len(kept)), 0 if settings.every is not None else 1
-    drawn = [round for round, count in ahead.items() if settings.draws_apart and count == 1 and round >= first]
+    single = [round for round, count in ahead.items() if settings.draws_apart and count == 1 and round >= first]
+    apart = {round: int(settings.mask_iterations or iterations[max(1, round)]) for round in single}
     parameters, replicates = sum(math.prod(c.shape) for c in found), recipe.run.replicates
     at_once = min(recipe.run.arms_at_once or 1, replicates)
     optimizer_slots = 2 if recipe.train.optimizer != "sgd" else int(recipe.train.momentum > 0)
@@ -126,8 +122,7 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
         moves=moves,
         iterations=iterations,
         measured=measured,
-        drawn=drawn,
-        mask_iterations=None if settings.mask_iterations is None else int(settings.mask_iterations),
+        apart=apart,
         ahead=ahead,
         finetune=0 if settings.finetune is None else int(settings.finetune),
         may_end_early=settings.mask_stop is not None or settings.until_fails,
@@ -136,8 +131,9 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
     )
     if plan.finetune and not any(plan.tuned(round) for round in plan.ahead):
         raise _nothing_for("finetune", "draws several masks", settings, len(kept) - 1)
-    if plan.mask_iterations and not plan.drawn:
-        raise _nothing_for("mask_iterations", "draws one mask, after the first", settings, len(kept) - 1)
+    for key in ("mask_iterations", "mask_lr"):
+        if getattr(settings, key) is not None and not plan.apart:
+            raise _nothing_for(key, "draws one mask, after the first", settings, len(kept) - 1)
     return plan
 
 

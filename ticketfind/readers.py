@@ -195,7 +195,7 @@ def fractions(value: Any) -> dict[str, float]:
 def remaining(value: Any) -> float:
     """Weights remaining: ``0.05`` or ``5%``."""
     if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*", value)):
-        value = float(match[1]) / 100
+        value = float(f"{match[1]}e-2")  # the number nearest to it, which 4.1 / 100 is not
     result: float = number(0, 1, "weights remaining, as 0.05 or 5%", open_low=True, open_high=True)(value)
     return result
 

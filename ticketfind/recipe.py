@@ -134,10 +134,11 @@ class Prune:
     """End a training that is there for the mask alone once the masks of two evaluations in a row agree as much (Cohen's
     kappa over the weights left); null: masks are drawn from the full trainings."""
     mask_iterations: Duration | None = _key(readers.or_null(readers.duration), None)
-    """Length of the training that draws a mask, where it draws no others (see ahead): it is then there for the mask
-    alone; null: masks are drawn from the full trainings."""
+    """Length, from the rewind point, of the training that draws a mask, where it draws no others (see ahead): it is
+    then there for the mask alone; null: masks are drawn from the full trainings."""
     mask_lr: float | None = _key(readers.or_null(readers.positive), None)
-    """Learning rate, at its highest, of trainings that are there for a mask alone; null: train.lr."""
+    """Learning rate, at its highest, of trainings that are there for one mask alone (every, mask_stop,
+    mask_iterations); null: train.lr."""
     ahead: tuple[int, ...] = _key(readers.list_of(readers.whole(1), "a list of numbers of rounds"), [1])
     """How many rounds' masks a training draws, training after training; the last number goes on."""
     finetune: Duration | None = _key(readers.or_null(readers.duration), None)
@@ -156,7 +157,7 @@ class Prune:
 
     @property
     def draws_apart(self) -> bool:
-        """Whether there are trainings for a mask alone."""
+        """Whether trainings for one mask alone are asked for; of which rounds, Plan.drawn says."""
         return any(value is not None for value in (self.every, self.mask_stop, self.mask_iterations))
 
 
@@ -235,7 +236,8 @@ class Recipe:
                 f"prune.rewind: expected an iteration before the end of the training ({lengths.total}),"
                 f" found {int(rewind)}"
             )
-        round_length = lengths.total - (int(rewind) if isinstance(rewind, Duration) and rewind.unit == "it" else 0)
+        first = int(rewind) if isinstance(rewind, Duration) and rewind.unit == "it" else 0
+        round_length = lengths.total - first
         asked = {key: getattr(self.prune, key) for key in ("every", "mask_iterations", "finetune")}
         within: dict[str, Any] = {
             key: lengths.at(own) for key, own in asked.items() if own is not None and lengths.known
@@ -250,6 +252,11 @@ class Recipe:
         if lengths.total and int(warmup) > lengths.total:
             faults.append(
                 f"train.warmup: expected at most the training's {lengths.total} iterations, found {int(warmup)}"
+            )
+        elif "mask_iterations" in within and int(warmup) > first + int(within["mask_iterations"]):
+            faults.append(
+                f"prune.mask_iterations: expected an end after the warmup, iteration {int(warmup)},"
+                f" found {first + int(within['mask_iterations'])}; take more, or a shorter train.warmup"
             )
         if faults:
             raise RecipeError("\n".join(faults))

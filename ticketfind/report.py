@@ -112,7 +112,8 @@ class _Evaluation:
     found: Evaluated
     verdict: str
     settings: Mapping[str, int | None]
-    """What must agree, and be known, for attacks of two evaluations to be of the same networks and examples."""
+    """What must agree, and be known, for attacks of two evaluations to be of the same networks and examples; by the
+    name that it has in messages."""
 
 
 _SETTINGS = {"attack_examples": "examples", "trials": "trials", "seed": "seed"}
@@ -162,7 +163,7 @@ def _together(read: Sequence[_Evaluation]) -> tuple[Evaluated, list[str]]:
 
 def _unlike(one: _Evaluation, newest: _Evaluation) -> list[str]:
     """The settings that are not known to be the same, in words."""
-    pairs = [(name, one.settings[key], newest.settings[key]) for key, name in _SETTINGS.items()]
+    pairs = [(name, one.settings[name], newest.settings[name]) for name in newest.settings]
     return [
         f"{name} not known" if None in (ours, theirs) else f"{name} {ours}, not {theirs}"
         for name, ours, theirs in pairs
@@ -190,7 +191,7 @@ def _read(file: Path, round: int) -> _Evaluation:
     if not isinstance(arms, dict) or not isinstance(verdict, str):
         raise TicketfindError(f"{file}: expected arms (an object) and a verdict (a text)")
     found = {name: _stats(stats, f"{file}: {name[:40]!r}") for name, stats in arms.items()}
-    settings = {key: given.get(key) for key in _SETTINGS}
+    settings = {name: given.get(key) for key, name in _SETTINGS.items()}
     if not all(value is None or type(value) is int for value in settings.values()):
         raise TicketfindError(f"{file}: expected whole numbers, or null, in {', '.join(_SETTINGS)}")
     inputs = given.get("attack_range")
@@ -201,10 +202,11 @@ def _read(file: Path, round: int) -> _Evaluation:
         float(remaining),
         found,
         _attacks(given.get("attacks", {}), file),
-        settings["attack_examples"],
+        settings["examples"],
         None if inputs is None else (float(inputs[0]), float(inputs[1])),
     )
-    return _Evaluation(evaluated, verdict, settings)
+    replicates = found["ticket"].replicates if "ticket" in found else None  # of one ticket each trial is one
+    return _Evaluation(evaluated, verdict, {**settings, "replicates": replicates})
 
 
 def _attacks(given: Any, file: Path) -> dict[str, dict[str, Spread]]:

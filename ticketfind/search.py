@@ -80,7 +80,7 @@ class _Job:
         self.draw_further(0)
         rounds, until_fails, drawing = range(1, self.plan.measured), self.recipe.prune.until_fails, list[int]()
         for round in self.plan.ahead:
-            if round in self.plan.drawn:
+            if round in self.plan.apart:
                 self.draw(round)
             elif round in rounds:
                 drawing.append(round)
@@ -99,7 +99,7 @@ class _Job:
         self.watch.skip(sum(self.plan.iterations[round] * len(now.alive(round)) for round in unseen))
         spared = [number for round in self.plan.ahead for number in self.plan.tuned(round)]
         self.watch.skip(sum(self.plan.finetune * len(self.untuned(number, now)) for number in spared))
-        self.watch.skip(sum(self.plan.for_mask(round) * len(self.undrawn(round, now)) for round in self.plan.drawn))
+        self.watch.skip(sum(length * len(self.undrawn(round, now)) for round, length in self.plan.apart.items()))
 
     def measure(self, round: int) -> None:
         """Train what is not yet trained of a round, in full; it draws the next mask, if none does it apart."""
@@ -125,7 +125,7 @@ class _Job:
         with closing(self.for_masks(round + 1, todo, over, trainings)) as drawn:
             for replicate, arm, outcome in drawn:
                 done = outcome.points[-1].iteration - arm.first
-                self.watch.skip(self.plan.for_mask(round) - done)
+                self.watch.skip(self.plan.apart[round] - done)
                 self.keeper.keep(round, replicate, arm, outcome, self.keeper.initial(arm))
                 line = {"round": round, "replicate": replicate, "iterations": done}
                 self.run.append({**line, "accuracy_end": outcome.measured.accuracy_end}, self.run.drawn_file)
@@ -224,11 +224,11 @@ class _Job:
                 before = len(now.alive(number - 1))
                 total += self.plan.finetune * before
                 done += self.plan.finetune * (before - len(self.untuned(number, now)))
-            if round in self.plan.drawn:
+            if round in self.plan.apart:
                 own = {line["replicate"]: line["iterations"] for line in now.drawn if line["round"] == round}
                 todo = self.undrawn(round, now)  # in step with another also what is over
                 left = set(alive) - now.drawn_over(round)
-                total += self.plan.for_mask(round) * len(left) + sum(own.values())
+                total += self.plan.apart[round] * len(left) + sum(own.values())
                 done += sum(iterations for replicate, iterations in own.items() if replicate not in todo)
         return total, done
 
@@ -294,7 +294,8 @@ class _Job:
     def arm(self, round: int, replicate: int, *, for_mask: bool = False) -> Arm:
         """Train from initialization in round 0, then (and for a mask alone) from the rewind point, under the mask
         drawn before."""
-        name, seed = f"round {round}, replicate {replicate}", self.recipe.run.seed + replicate
+        alone = f", for the mask of round {round + 1}" if for_mask else ""
+        name, seed = f"round {round}, replicate {replicate}{alone}", self.recipe.run.seed + replicate
         if round == 0 and for_mask:
             start = self.keeper.at_rewind_point(replicate)
             return Arm(name, start, masks.dense(self.plan.shapes), seed, self.plan.rewind, 0, replicate)

@@ -269,8 +269,8 @@ def _note_weights(course: Course, states: Sequence[State], task: Task, how: Trai
 def _fail(course: Course, arm: int, iteration: int, what: str, how: Train) -> None:
     course.failed[arm] = course.failed[arm] or Failed(
         iteration,
-        f"{what} is not finite at iteration {iteration}; try a lower --lr (now {how.lr:g}), or look at the data"
-        " (values that are no good, a batch in which no label counts)",
+        f"{what} is not finite at iteration {iteration}; try a lower learning rate (now {how.lr:g}), or look at the"
+        " data (values that are no good, a batch in which no label counts)",
     )
 
 
