@@ -649,7 +649,7 @@ def test_a_learning_rate_for_no_mask_is_refused(
 ) -> None:
     """With one round; pruning on the way, which draws the first mask apart too, has one."""
     model, settings = make_task().model, {"prune.rounds": 1, "prune.mask_lr": 0.1}
-    assert make_plan(make_recipe({**settings, "prune.every": 3}), model).drawn == {0: 12}
+    assert make_plan(make_recipe({**settings, "prune.every": 3}), model).apart == {0: 12}
     with pytest.raises(TicketfindError, match=r"prune.mask_lr: expected a training that draws one mask, after the"):
         make_plan(make_recipe({**settings, "prune.mask_stop": 0.8}), model)
 
