@@ -629,6 +629,7 @@ def test_tickets_are_one_for_each_replicate(finished: tuple[RunDir, list[results
     for replicate, ticket in enumerate(found):
         assert same(ticket.masks, load_file(run.mask_file(2, replicate)))
         assert same(ticket.init, load_file(run.start_file(replicate)))
+        assert ticket.first_seed == 5 + replicate
 
 
 def test_learning_rate_rewound_tickets_start_where_their_round_did(

@@ -338,6 +338,15 @@ def test_queries_and_keys_which_attention_reads_are_no_emptied_units() -> None:
     assert small.notes == []
 
 
+def test_weights_stay_of_their_type() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).bfloat16()
+    masks = {name: torch.ones(model.get_parameter(name).shape, dtype=torch.bool) for name in ("0.weight", "2.weight")}
+    masks["2.weight"][:, 3] = False
+    small = shrink(model, masks, torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).bfloat16())
+    assert {name: len(kept) for name, kept in small.kept.items()} == {"0": 7}
+    assert {p.dtype for p in small.model.parameters()} == {torch.bfloat16}
+
+
 def test_what_training_reads_stays() -> None:
     class Helped(nn.Module):
         def __init__(self) -> None:
