@@ -39,6 +39,14 @@ def half(seed: int = 1) -> dict[str, Tensor]:
     return {name: torch.rand(shape, generator=generator) < 0.5 for name, shape in SHAPES.items()}
 
 
+def assert_progress_ends_at_its_total(watch: Mock, *, resumed: bool = False) -> None:
+    """What an earlier process has done, and each iteration, are what is in all but for those skipped."""
+    total, done = watch.begin.call_args.args
+    ticked, skipped = (sum(call.args[0] for call in each.call_args_list) for each in (watch.tick, watch.skip))
+    assert total - skipped == done + ticked
+    assert resumed or done == 0
+
+
 def way_of(name: str) -> Way:
     return Way(name, at_once=2)
 
@@ -217,10 +225,7 @@ def test_a_round_ends_when_its_mask_has_settled(
         assert {line["iterations"] for line in drawn} == {6}
     assert [round.round for round in rounds] == [0, 1, 2, 3]
     assert all(round.stats.early_stop.mean > 0 for round in rounds)
-    total, done = watch.begin.call_args.args
-    skipped = sum(call.args[0] for call in watch.skip.call_args_list)
-    ticked = sum(call.args[0] for call in watch.tick.call_args_list)
-    assert (total - skipped, done) == (ticked, 0)
+    assert_progress_ends_at_its_total(watch)
 
 
 # ---------------------------------------------------------------------------------------- what is measured
@@ -450,9 +455,7 @@ def test_until_fails_draws_no_mask_that_it_does_not_need(
     assert max(int(path.name[:2]) for path in (tmp_path / "run/masks").iterdir()) == drawn
     assert contents.chosen(RunDir(tmp_path / "run"), None).round == last
     if not stopped:
-        total, done = watch.begin.call_args.args
-        ticked, skipped = (sum(call.args[0] for call in each.call_args_list) for each in (watch.tick, watch.skip))
-        assert (total - skipped, done) == (ticked, 0)
+        assert_progress_ends_at_its_total(watch)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -785,9 +788,7 @@ def test_a_crash_after_a_failure_leaves_those_trained_in_step_together(
     assert whole == [[(1, 0), (1, 1)], [(2, 1 - which)], [(3, 1 - which)]]
     assert together == ([whole[0], *whole] if which == 0 else whole)  # replicate 1's mask is not there, or all is done
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
-    total, done = watch.begin.call_args.args
-    ticked, skipped = (sum(call.args[0] for call in each.call_args_list) for each in (watch.tick, watch.skip))
-    assert total - skipped == done + ticked
+    assert_progress_ends_at_its_total(watch, resumed=True)
 
 
 def test_what_is_drawn_again_in_step_is_counted_once_more(
@@ -809,9 +810,7 @@ def test_what_is_drawn_again_in_step_is_counted_once_more(
             run_search(recipe, make_task(), tmp_path / "run")
     watch.reset_mock()
     run_search(recipe, make_task(), tmp_path / "run", watch=watch)
-    total, done = watch.begin.call_args.args
-    ticked, skipped = (sum(call.args[0] for call in each.call_args_list) for each in (watch.tick, watch.skip))
-    assert total - skipped == done + ticked
+    assert_progress_ends_at_its_total(watch, resumed=True)
 
 
 def test_a_network_without_an_output_is_not_trained_on(
@@ -976,9 +975,7 @@ def test_what_a_failure_spares_is_counted(
     been done."""
     failing(monkeypatch, apart, places)
     run_search(make_recipe(settings), make_task(), tmp_path / "run")
-    total, _ = watch.begin.call_args.args
-    skipped = sum(call.args[0] for call in watch.skip.call_args_list)
-    assert total - skipped == sum(call.args[0] for call in watch.tick.call_args_list)
+    assert_progress_ends_at_its_total(watch)
 
 
 @pytest.mark.parametrize("engine", ["eager", "stacked"])
@@ -1019,9 +1016,7 @@ def test_what_a_training_that_fails_on_its_way_does_not_come_to_is_counted(
     run_search(recipe, make_task(), tmp_path / "run")
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert {line["replicate"] for line in log if "failed" in line} == replicates
-    total, _ = watch.begin.call_args.args
-    ticked, skipped = (sum(call.args[0] for call in each.call_args_list) for each in (watch.tick, watch.skip))
-    assert total - skipped == ticked
+    assert_progress_ends_at_its_total(watch)
 
 
 @pytest.mark.parametrize(

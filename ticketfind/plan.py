@@ -82,7 +82,8 @@ def weights_kept(recipe: Recipe, candidates: list[prunable.Candidate]) -> tuple[
 
 
 def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
-    """The plan of a resolved recipe. Raises TicketfindError where nothing is left to prune, or to finetune for."""
+    """The plan of a resolved recipe. Raises TicketfindError where nothing is left to prune, or what is asked has no
+    round to be for."""
     settings = recipe.prune
     found = candidates(recipe, model)
     if not any(c.pruned for c in found):

@@ -157,7 +157,7 @@ class Prune:
 
     @property
     def draws_apart(self) -> bool:
-        """Whether trainings for one mask alone are asked for; of which rounds, Plan.drawn says."""
+        """Whether trainings for one mask alone are asked for; of which rounds, Plan.apart says."""
         return any(value is not None for value in (self.every, self.mask_stop, self.mask_iterations))
 
 
