@@ -95,8 +95,8 @@ class Look:
 class Watched:
     """What happens on the way in a training that is there for the mask that comes of it."""
 
-    every: int
-    """Iterations between two looks."""
+    every: int | None = None
+    """Iterations between two looks; None: none."""
     enough: "Callable[[Arm, Look], bool] | None" = None
     """Whether it may end; arms in step end together."""
     tighter: "Callable[[Arm, Look], Masks] | None" = None

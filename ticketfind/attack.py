@@ -134,10 +134,10 @@ def prepare(
     def attacked(attack: Attack) -> Tensor:
         if not attack.epsilon:  # nothing is allowed, which the library refuses
             return inputs
-        found = []
+        found, method = [], _method(attack, victim, size)
         for first in range(0, len(y), size):
             part = slice(first, first + size)
-            found.append(torch.from_numpy(_method(attack, victim, size).generate(x[part], y[part])))
+            found.append(torch.from_numpy(method.generate(x[part], y[part])))
             scores.tick(_iterations(attack, len(found[-1]), batch_size))
         return torch.cat(found).to(inputs.device)
 

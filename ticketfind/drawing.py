@@ -108,7 +108,7 @@ class Drawing:
             settled = Settled(self, initial, settings.mask_stop)
             watched = Watched(every=int(how.eval_every), enough=settled)
         else:
-            watched = Watched(every=int(how.iterations))
+            watched = Watched()
         return fit(
             arms, self.task, how, way=way, tick=tick, skip=skip, note=note, paths=self.score.needs_path,
             watched=watched,

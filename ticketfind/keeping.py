@@ -99,11 +99,11 @@ class Keeper:
     def fail(self, round: int, replicate: int, arm: Arm, outcome: Failed, *, untrained: bool = False) -> None:
         """End a replicate in a round. untrained: it is the training for this round's mask that failed."""
         self.watch.note(f"{arm.name}: {outcome.reason}; it ends here, and the other replicates go on")
-        self.watch.skip(self.spared(round, replicate, round if untrained else round + 1))
+        self.watch.skip(self._spared(round, replicate, round if untrained else round + 1))
         line = {"round": round, "replicate": replicate, "failed": f"{arm.name}: {outcome.reason}"}
         self.run.append({**line, "untrained": True} if untrained else line)
 
-    def spared(self, round: int, replicate: int, first: int) -> int:
+    def _spared(self, round: int, replicate: int, first: int) -> int:
         """Iterations that are not done where a replicate ends in a round, and is not measured from `first` on; but for
         those that are spared already, as it has ended in a later round before."""
         plan, there = self.plan, self.run.masks()

@@ -10,6 +10,7 @@ from ticketfind.claims import DOES_NOT, HOLDS, NOT_TESTED, UNDECIDED, Claim
 from ticketfind.figures import Chart
 from ticketfind.recipe import Recipe
 from ticketfind.results import Evaluated, Round, Spread
+from ticketfind.verdict import Comparison
 
 
 @dataclass(frozen=True)
@@ -205,11 +206,8 @@ def _above(under: Mapping[str, Spread], examples: int | None) -> str:
     """The ticket's accuracy less the dense network's, points, with its 95 % interval (Welch)."""
     if not {"ticket", "dense"} <= under.keys():
         return ""
-    ticket, dense = under["ticket"], under["dense"]
-    found = intervals.of_difference(ticket.values, dense.values, least=1 / examples if examples else 0.0)
-    above, *bounds = (
-        f"{round(100 * x, 2) + 0:+.2f}" for x in (ticket.mean - dense.mean, *(found.bounds if found else ()))
-    )
+    found = Comparison.of(under, "ticket", "dense", least=1 / examples if examples else 0.0)
+    above, *bounds = (f"{round(100 * x, 2) + 0:+.2f}" for x in (found.difference, *(found.interval or ())))
     return f"{above} ({bounds[0]} to {bounds[1]})" if bounds else above
 
 

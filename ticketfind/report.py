@@ -158,7 +158,7 @@ def _together(read: Sequence[_Evaluation]) -> tuple[Evaluated, list[str]]:
         if (missing := [name[:40] for name in sorted(each.found.attacks, key=_strength) if name not in attacks])
     ]
     ordered = {name: attacks[name] for name in sorted(attacks, key=_strength)}
-    return dataclasses.replace(newest.found, remaining=found.remaining, arms=arms, attacks=ordered), notes
+    return dataclasses.replace(newest.found, arms=arms, attacks=ordered), notes
 
 
 def _unlike(one: _Evaluation, newest: _Evaluation) -> list[str]:

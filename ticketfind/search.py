@@ -139,7 +139,7 @@ class _Job:
             trainings = fit(
                 [self.going_on(number - 1, replicate) for replicate in todo], self.task, self.recipe.train,
                 way=Way.of(self.recipe.run), tick=self.watch.tick, skip=self.watch.skip, note=self.watch.note,
-                paths=self.drawing.score.needs_path, watched=Watched(every=self.plan.finetune, at_end=False),
+                paths=self.drawing.score.needs_path, watched=Watched(at_end=False),
             )  # fmt: skip
             with closing(self.for_masks(number, todo, over, trainings)) as tuned:
                 for replicate, arm, outcome in tuned:

@@ -124,7 +124,9 @@ def _train(task: Task, arms: Sequence[Arm], work: Work, way: Way, note: Note) ->
     how, keep_at, first, watched = work.how, work.keep_at, arms[0].first, work.watched
     last, every = int(how.iterations) if work.until is None else work.until, int(how.eval_every)
     planned = last
-    looked_at = set() if watched is None else {*range(first + watched.every, last + 1, watched.every)}
+    looked_at = set[int]()
+    if watched is not None and watched.every is not None:
+        looked_at = {*range(first + watched.every, last + 1, watched.every)}
     stops = [*range(every, last, every), last] if watched is None else [last] if watched.at_end else []
     measured_at = {stop for stop in stops if stop > first}
     kept_at = {keep_at} if keep_at is not None and keep_at >= first else set()
