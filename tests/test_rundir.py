@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ticketfind import TicketfindError, rundir
+from ticketfind import TicketfindError, files, rundir
 from ticketfind.recipe import Recipe, RecipeError
 from ticketfind.rundir import RunDir
 
@@ -184,14 +184,25 @@ def test_beginning_again_changes_nothing(make_recipe: Callable[..., Recipe]) -> 
     assert tree(run.path) == before
 
 
-@pytest.mark.parametrize("prepare", ["absent", "empty folder"])
+def killed_as_it_began(run: RunDir) -> None:
+    """What is left of a search that was killed while it wrote its recipe."""
+    with rundir.sole_writer(run), files.whole(run.recipe_file) as half:
+        pass
+    run.recipe_file.rename(half)
+
+
+@pytest.mark.parametrize("prepare", ["absent", "empty folder", "killed"])
 def test_claim_takes_a_free_place_and_touches_nothing(
     prepare: str, make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    if prepare == "empty folder":
-        Path("out").mkdir()
+    for path in (Path("out"), Path("runs/tiny")):
+        if prepare == "empty folder":
+            path.mkdir(parents=True)
+        elif prepare == "killed":
+            killed_as_it_began(RunDir(path))
     before = tree(tmp_path)
     assert rundir.claim(make_recipe(), Path("out")).path == Path("out")
+    assert rundir.claim(make_recipe(), None).path == Path("runs/tiny")
     assert tree(tmp_path) == before
 
 
@@ -253,6 +264,17 @@ def test_forgetting_removes_a_run_without_a_finished_training_only(make_recipe: 
     (run.path / "log.jsonl").unlink()
     rundir.forget_unstarted(run)
     assert not run.path.exists()
+
+
+def test_a_snapshot_of_the_first_training_is_something_to_go_on_from(make_recipe: Callable[..., Recipe]) -> None:
+    """As a search leaves it whose data cannot be read any more in the midst of it: nothing is in the log yet."""
+    run = RunDir(Path("run"))
+    rundir.begin(run, make_recipe())
+    run.state_folder.mkdir()
+    (run.state_folder / "00-0.safetensors").write_bytes(b"hours of work")
+    before = tree(run.path)
+    rundir.forget_unstarted(run)
+    assert tree(run.path) == before
 
 
 def test_a_folder_without_a_recipe_is_no_run(tmp_path: Path) -> None:

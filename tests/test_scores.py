@@ -269,6 +269,35 @@ def test_synflow_step_by_step_in_numpy() -> None:
     assert int(keep.sum()) == 9
 
 
+class PlainNormed(nn.Module):
+    """[b, 4] -> [b, 2], linear but for what it does in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(4, 5, bias=False), nn.BatchNorm1d(5), nn.Linear(5, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.dropout(self.norm(self.a(x)), 0.5, self.training))
+
+
+def test_synflow_looks_at_the_network_as_it_is_evaluated() -> None:
+    """BatchNorm by its running statistics, no dropout: what flows through it is written down in numpy."""
+    split = Split(torch.zeros(10, 4), torch.zeros(10, dtype=torch.int64))
+    torch.manual_seed(0)
+    model = PlainNormed().train()
+    for tensor in (model.norm.weight.data, model.norm.bias.data, model.norm.running_mean, model.norm.running_var):
+        assert tensor is not None
+        tensor.uniform_(0.5, 1.5)
+    task = Task(model, Data(split, split, split), torch.device("cpu"), fresh=lambda seed: dict(model.state_dict()))
+    state, shapes = task.start(0), {"a.weight": (5, 4), "b.weight": (2, 5)}
+    drawing = Drawing(SCORES["synflow"], task, HOW, [Group((*shapes,), 0.5)], shapes)
+    found = scored(SCORES["synflow"], drawing.seen(Arm("x", state, {}, 0), state, state, None), seed=0)
+    a, gain, bias, mean, var, b = (state[name].double().abs().numpy() for name in state if "num_batches" not in name)
+    scale = gain / np.sqrt(var + model.norm.eps)
+    np.testing.assert_allclose(found["a.weight"], a * (scale * b.sum(0))[:, None], rtol=1e-9)
+    np.testing.assert_allclose(found["b.weight"], b * np.abs((a.sum(1) - mean) * scale + bias), rtol=1e-9)
+
+
 def test_synflow_wants_numbers_that_can_be_one() -> None:
     split = Split(torch.zeros(8, 3, dtype=torch.int64), torch.zeros(8, dtype=torch.int64))
     model = nn.Sequential(nn.Embedding(4, 2), nn.Flatten(), nn.Linear(6, 2))
