@@ -20,6 +20,7 @@ from ticketfind.ticket import load_ticket
 
 COUNTS, NESTED = "weights kept are as planned", "masks are nested, round by round"
 BEGAN, WINNER = "every round began at the rewind point", "the ticket is the run's winner"
+OTHER_WEIGHTS = "the training began with other weights than the rewind point under the mask"
 
 
 def failed(checks: list[verify.Check]) -> dict[str, str]:
@@ -79,6 +80,28 @@ def test_counts_of_every_round(key: str, round: int, run: RunDir) -> None:
     assert failed(verify.of_run(run))[COUNTS].startswith(f"round {round}, replicate 1: the log says")
 
 
+@pytest.mark.parametrize("settings", [{}, {"prune.every": 4}], ids=["from the dense training", "on another's way"])
+def test_counts_of_the_dense_round_by_where_its_first_mask_comes_from(
+    settings: dict[str, Any], run_search: Callable[..., list[Round]], make_recipe: Callable[..., Recipe],
+    make_task: Callable[..., Task], tmp_path: Path,
+) -> None:  # fmt: skip
+    """The mask is there once its training is in the log, and tells the sizes: or it has gone. One that is drawn on the
+    way of another training may be still to come."""
+    run_search(make_recipe(settings), make_task("normed"), tmp_path / "run")
+    run = RunDir(tmp_path / "run")
+    log = run.log_file.read_text().splitlines(keepends=True)
+    change_log(run, 0, 1, kept=255)
+    assert failed(verify.of_run(run))[COUNTS].startswith("round 0, replicate 1: the log says 255 weights")
+    run.log_file.write_text("".join(log[:2]))
+    for file in (run.ticket_file, run.finished_file, *(run.mask_file(round, r) for round, r in run.masks())):
+        file.unlink()
+    (counts,) = [check for check in verify.of_run(run) if check.what == COUNTS]
+    if settings:
+        assert counts.passed is None and "2 not checked: no mask is drawn yet" in counts.found
+    else:
+        assert counts.passed is False and counts.found.startswith("round 0, replicate 0: mask ")
+
+
 def test_a_round_beyond_the_plan(run: RunDir) -> None:
     lines = run.log_file.read_text().splitlines(keepends=True)
     more = [json.loads(line) | {"round": 4} for line in lines[-2:]]
@@ -108,6 +131,28 @@ def test_a_mask_of_another_network(how: str, run: RunDir) -> None:
     assert found[BEGAN] == "round 1, replicate 0: the masks are of another network than the rewind point"
 
 
+@pytest.mark.parametrize("round", [0, 2])
+def test_another_start_of_a_round_whose_weights_are_not_rewound(
+    round: int, run_search: Callable[..., list[Round]], make_recipe: Callable[..., Recipe],
+    make_task: Callable[..., Task], tmp_path: Path,
+) -> None:  # fmt: skip
+    """Each has a file of its own to start from, the dense training among them."""
+    run_search(make_recipe({"prune.rewind": "lr"}), make_task("normed"), tmp_path / "run")
+    run = RunDir(tmp_path / "run")
+    change(run.start_file(1, round), lambda state: state["fc2.bias"].add_(1))
+    found = failed(verify.of_run(run))
+    assert found == {BEGAN: f"round {round}, replicate 1: {OTHER_WEIGHTS}"}
+
+
+def test_a_mask_that_has_come_or_gone_on_the_way(run: RunDir) -> None:
+    change(run.mask_file(2, 1), lambda mask: mask.pop("fc2.weight"))
+    found = failed(verify.of_run(run))
+    assert found[NESTED] == "round 2, replicate 1: other parameters have masks than in the round before"
+    change(run.mask_file(1, 1), lambda mask: mask.pop("fc2.weight"))
+    found = failed(verify.of_run(run))
+    assert found[NESTED] == "round 3, replicate 1: other parameters have masks than in the round before"
+
+
 def test_a_ticket_that_is_missing_or_should_not_be_there(run: RunDir) -> None:
     ticket = run.ticket_file.read_bytes()
     run.ticket_file.unlink()
@@ -127,6 +172,20 @@ def test_what_the_ticket_says_of_itself(key: str, value: Any, run: RunDir) -> No
     tensors, about = load_file(run.ticket_file), json.loads(metadata_of(run.ticket_file)["ticketfind"])
     save_file(tensors, run.ticket_file, {"ticketfind": json.dumps(about | {key: value})})
     assert failed(verify.of_run(run)) == {WINNER: f"not as in the run: its {key}"}
+
+
+def test_the_ticket_of_another_replicate(run: RunDir) -> None:
+    """Itself, and the winner under another's number, whose seed its controls would be trained with."""
+    text = "not as in the run: its round or replicate"
+    winner = load_ticket(run.ticket_file).about.replicate
+    contents.load(run, 3, 1 - winner).save(run.ticket_file)
+    assert failed(verify.of_run(run)) == {WINNER: text}
+    contents.load(run, 3, winner).save(run.ticket_file)
+    assert not failed(verify.of_run(run))
+    tensors, about = load_file(run.ticket_file), json.loads(metadata_of(run.ticket_file)["ticketfind"])
+    for key, value in (("replicate", 1 - winner), ("round", 2)):
+        save_file(tensors, run.ticket_file, {"ticketfind": json.dumps(about | {key: value})})
+        assert failed(verify.of_run(run)) == {WINNER: text}
 
 
 @pytest.mark.parametrize(("section", "key", "value"), [("run", "seed", 6), ("data", "spec", "digits"), ("run", "x", 1)])
@@ -153,6 +212,20 @@ def test_a_ticket_written_anew_with_other_contents(part: str, run: RunDir) -> No
         flat[kept], flat[gone] = False, True
     ticket.save(run.ticket_file)
     assert failed(verify.of_run(run)) == {WINNER: f"not as in the run: {part}"}
+
+
+def test_a_ticket_written_anew_with_more_tensors_or_fewer(run: RunDir) -> None:
+    """It is whole for itself: a parameter without a mask is one that nobody prunes."""
+    for part in ("init/fc2.bias", "mask/fc2.weight", "init/more", "mask/norm.weight"):
+        ticket = contents.load(run, 3, load_ticket(run.ticket_file).about.replicate)
+        section, name = part.split("/")
+        there: dict[str, Tensor] = ticket.init if section == "init" else ticket.masks
+        if name in there:
+            del there[name]
+        else:
+            there[name] = torch.ones(3) if section == "init" else torch.ones(16, dtype=torch.bool)
+        ticket.save(run.ticket_file)
+        assert failed(verify.of_run(run)) == {WINNER: f"not as in the run: {part}"}
 
 
 @pytest.mark.parametrize("layout", ["full", "compact"])
