@@ -68,6 +68,24 @@ def test_an_augmented_training_can_start_anywhere():
         assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[first:], tail, strict=True))
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["held out", "of its own"])
+def test_training_images_alone_are_augmented_wherever_the_validation_set_comes_from(own, tmp_path):
+    whole, test = (split.inputs.numpy() for split in (images(30), images(5)))
+    shuffled = torch.randperm(30, generator=torch.Generator().manual_seed(4)).numpy()
+    validation, train = (test, whole) if own else (whole[shuffled[:6]], whole[shuffled[6:]])
+    arrays = {"x_train": whole, "y_train": np.zeros(30, int), "x_test": test, "y_test": np.zeros(5, int)}
+    arrays |= {"x_val": test, "y_val": np.zeros(5, int)} if own else {}
+    np.savez(tmp_path / "d.npz", **arrays)
+    found = data.load(str(tmp_path / "d.npz"), {}, validation=None if own else 6, seed=4, augment=["flip"])
+    order = Order(3, 8, 0, 3)
+    batches = torch.cat([inputs for inputs, _ in found.training(order)])
+    rows, draws = next(order.indices(len(train))).flatten(), next(order.draws(len(train), 3)).flatten(0, 1)
+    expected = np.stack([by_hand(train[row], draw, ["flip"]) for row, draw in zip(rows, draws, strict=True)])
+    np.testing.assert_array_equal(batches, expected)
+    for part, unchanged in ((found.validation, validation), (found.test, test)):
+        np.testing.assert_array_equal(torch.cat([inputs for inputs, _ in part.chunks(4)]), unchanged)
+
+
 @pytest.mark.parametrize(
     ("inputs", "targets", "message"),
     [

@@ -89,7 +89,9 @@ def test_the_validation_split_follows_from_the_seed(tmp_path):
     a, b, c = (examples(load(path, validation=10, seed=seed).validation) for seed in (5, 5, 6))
     assert a == b
     assert a != c
-    assert a != sorted(a)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(5)).tolist()
+    assert a == order[:10]
+    assert examples(load(path, validation=10, seed=5).train) == order[10:], "which example a batch takes is its place"
 
 
 @pytest.mark.parametrize("validation", [40, 41, 0.001, 0.999])
@@ -555,7 +557,9 @@ def test_what_is_read_into_memory_is_drawn_the_same_way_always(sets):
 
 def test_an_iterable_data_set_in_memory_can_be_divided(sets):
     found = data.load(f"{sets}:two_flows", {}, validation=None, seed=0)
-    assert sorted(torch.cat([found.train.inputs, found.validation.inputs])[:, 0].tolist()) == list(range(100))
+    assert found.test.inputs[:, 0].tolist() == list(range(20)), "as it gives them"
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0)).tolist()
+    assert torch.cat([found.validation.inputs, found.train.inputs])[:, 0].tolist() == order
 
 
 @pytest.mark.parametrize(
@@ -619,9 +623,19 @@ def test_a_stratified_split_gives_each_class_its_share(labels, held, seed):
     for label in labels.unique():
         exact = held * (labels == label).sum() / len(labels)
         assert abs((labels[goes] == label).sum() - exact) < 1
-    again = data.held_out(len(labels), held, seed=seed, labels=labels)
-    assert torch.equal(again[0], stays)
-    assert torch.equal(again[1], goes)
+    left = dict(zip(*(found.tolist() for found in labels[goes].unique(return_counts=True)), strict=True))
+    expected: tuple[list[int], list[int]] = ([], [])
+    for place in torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist():
+        is_out = left.get(label := int(labels[place]), 0) > 0
+        left[label] = left.get(label, 0) - is_out
+        expected[is_out].append(place)
+    assert (stays.tolist(), goes.tolist()) == expected, "the first of each class in a shuffle, as it comes"
+
+
+def test_of_classes_with_the_same_claim_to_a_place_the_first_has_it():
+    labels = torch.arange(9) % 3
+    for held, expected in ((4, [2, 1, 1]), (5, [2, 2, 1])):
+        assert labels[data.held_out(9, held, seed=1, labels=labels)[1]].bincount().tolist() == expected
 
 
 @given(examples=st.integers(2, 80), held=st.integers(1, 79), seed=st.integers(0, 2**40))
