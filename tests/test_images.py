@@ -75,11 +75,17 @@ def test_without_a_test_folder_val_is_the_test_set(tmp_path):
 
 
 def test_class_folders_without_splits_are_divided_the_same_way_always(tmp_path):
-    write(tmp_path, 10)
+    inputs, targets = by_hand(write(tmp_path, 10))
     (tmp_path / ".hidden").mkdir()
     first, second = load(tmp_path, seed=0), load(tmp_path, seed=1)
     assert first.test.targets.bincount().tolist() == [2, 2]
     assert torch.equal(first.test.inputs, second.test.inputs)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist()
+    test = {place for label in (0, 1) for place in [p for p in order if targets[p] == label][:2]}
+    train = [place for place in order if place not in test]
+    rest = torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist()
+    assert torch.equal(first.test.inputs, inputs[[place for place in order if place in test]])
+    assert torch.equal(first.train.inputs, inputs[[train[place] for place in rest[2:]]])
     assert not torch.equal(first.validation.inputs, second.validation.inputs)
     every = torch.cat([part.inputs for part in (first.train, first.validation, first.test)])
     assert len(torch.unique(every, dim=0)) == 20
