@@ -142,10 +142,13 @@ def test_what_is_drawn_at_random_follows_from_seed_and_iteration():
     for workers in (0, 1, 3):
         assert equal(stream(Noisy(), workers).batches(Order(3, 8, 0, 12)), expected)
         assert equal(stream(Noisy(), workers).batches(Order(3, 8, 7, 12)), expected[7:])
-    drawn = torch.cat([inputs[:, 1:] for inputs, _ in expected]).flatten()
+    other = list(stream(Noisy()).batches(Order(4, 8, 0, 12)))
+    drawn = torch.cat([inputs[:, 1:] for inputs, _ in (*expected, *other)]).flatten()
     assert len(drawn.unique()) == len(drawn)
-    assert not equal(stream(Noisy()).batches(Order(4, 8, 0, 12)), expected)
-    assert equal(stream(Noisy(), 2).chunks(3), stream(Noisy()).chunks(3))
+    chunks = list(stream(Noisy()).chunks(1))
+    assert equal(stream(Noisy(), 2).chunks(1), chunks)
+    drawn = torch.cat([inputs[:, 1:] for inputs, _ in chunks]).flatten()
+    assert len(chunks) > 1 and len(drawn.unique()) == len(drawn)
 
 
 def test_first_twice_tells_what_is_drawn():
@@ -254,6 +257,16 @@ def test_a_flow_can_start_anywhere(collate_fn):
     for first in (1, 5, 8):
         assert equal(make().batches(Order(3, 4, first, 9)), whole[first:])
     assert not equal(make().batches(Order(4, 4, 0, 9)), whole)
+
+
+def test_what_a_flows_collate_function_draws_is_another_in_each_batch_and_for_each_seed():
+    def noise(examples):
+        return torch.rand(len(examples), 3), torch.zeros(len(examples), dtype=torch.int64)
+
+    found = flow(DataLoader(Counting(), batch_size=1, collate_fn=noise), 10)
+    every = (*found.batches(Order(3, 5, 0, 6)), *found.batches(Order(4, 5, 0, 6)), *found.chunks(5))
+    drawn = torch.cat([inputs for inputs, _ in every]).flatten()
+    assert len(drawn.unique()) == len(drawn) == (6 * 5 + 6 * 5 + 10) * 3
 
 
 def test_chunks_of_a_flow_are_one_pass_always_the_same():
