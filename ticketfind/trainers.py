@@ -180,8 +180,8 @@ def by_function(function: Callable[..., Any]) -> Trainer:
         model.train()
         cuda = [task.device] if task.device.type == "cuda" else []
         seed = derived_seed(arm.seed, "draws")
-        with torch.random.fork_rng(devices=cuda), seeded(seed), torch.enable_grad():
-            torch.manual_seed(seed)
+        with seeded(seed, cuda), torch.enable_grad():
+            torch.manual_seed(seed)  # of devices too
             held = Hold(model, arm, work)
             try:
                 metrics = function(model, held, arm)
