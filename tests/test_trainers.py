@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -93,7 +94,8 @@ def gone(pids: list[int]) -> bool:
 def train_one(
     make_task: Callable[..., Task], make_train: Callable[..., Train], tmp_path: Path
 ) -> Callable[..., Outcome]:
-    """train_one(trainer, net="mlp", keep_at=..., first=0, pruned=True, **keys of Work) -> the outcome of one arm."""
+    """train_one(trainer, net="mlp", keep_at=..., first=0, pruned=True, seed=3, **keys of Work) -> the outcome of one
+    arm."""
 
     def train(
         trainer: Trainer,
@@ -102,13 +104,14 @@ def train_one(
         first: int = 0,
         keep_at: int | None = None,
         pruned: bool = True,
+        seed: int = 3,
         **work: Any,
     ) -> Outcome:
         task = make_task(net)
         start = task.start(3)
         name = next(name for name, value in start.items() if value.ndim == 2)
         masks = {name: torch.arange(start[name].numel()).view(start[name].shape) % 3 > 0} if pruned else {}
-        arm = Arm("round 1, replicate 0", start, masks, 3, first, 1, 0)
+        arm = Arm("round 1, replicate 0", start, masks, seed, first, 1, 0)
         settings = {
             "how": make_train(),
             "keep_at": keep_at,
@@ -295,21 +298,45 @@ def test_steps_are_iterations_however_many_optimizers(train_one: Callable[..., O
         train_one(trainers.by_function(train), keep_at=13)
 
 
-def test_random_draws_follow_from_the_seed_and_disturb_nothing(train_one: Callable[..., Outcome]) -> None:
+def test_random_draws_follow_from_the_arms_seed_and_disturb_nothing(train_one: Callable[..., Outcome]) -> None:
     import random
 
     drawn = []
 
-    def draw(*_: Any) -> dict[str, float]:
+    def train(model: nn.Module, hold: Any, arm: Arm) -> Any:
         drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+        return told(accuracy=0.5)(model, hold, arm)
+
+    def stop_gradients(*_: Any) -> dict[str, float]:
         torch.set_grad_enabled(False)
         return {"accuracy": 0.5}
 
     before = random.getstate(), torch.get_rng_state()
-    for _ in range(2):
-        train_one(trainers.by_function(after(draw)))
-    assert drawn[0] == drawn[1] and torch.is_grad_enabled()
+    for seed in (3, 3, 4):
+        train_one(trainers.by_function(train), seed=seed)
+    first, again, other = drawn
+    assert first == again and not set(first) & set(other), "each replicate draws its own"
+    train_one(trainers.by_function(after(stop_gradients)))
+    assert torch.is_grad_enabled()
     assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_a_function_is_given_a_model_that_is_ready_for_training(train_one: Callable[..., Outcome]) -> None:
+    """Whatever the maker of the network left it in: dropout and BatchNorm are as in ticketfind's own training."""
+
+    class Evaluated(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Dropout(), nn.Linear(16, 4))
+            self.eval()
+
+    modes = []
+
+    def train(model: nn.Module, hold: Any, arm: Arm) -> Any:
+        modes.extend(module.training for module in model.modules())
+        return told(accuracy=0.5)(model, hold, arm)
+
+    train_one(trainers.by_function(train), Evaluated)
+    assert modes == [True] * 5
 
 
 def test_a_signal_is_heeded_between_two_steps(train_one: Callable[..., Outcome]) -> None:
@@ -568,6 +595,46 @@ def test_braces_and_numbers_in_a_command(train_one: Callable[..., Outcome], tmp_
             )
         )
     assert f"'{tmp_path}/arms/round-1-replicate-0', '0003', '{{x}}'" in str(found.value)
+
+
+@posix
+@pytest.mark.parametrize(("first", "keep_at"), [(5, None), (0, 7)], ids=["goes on from 5", "is rewound to 7"])
+def test_a_command_is_told_what_to_train(
+    first: int, keep_at: int | None, train_one: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    """And the rest of a training that begins late counts as so many iterations."""
+    program = tmp_path / "tell.py"
+    rewound = "save_file(weights, out + '/rewind.safetensors')\n"
+    program.write_text(GOOD + rewound + "open(out + '/told', 'w').write(' '.join(sys.argv[4:]))\n")
+    fields = "{init} {mask} {out} {seed} {first} {rewind} {round} {replicate} {iterations} {device}"
+    ticks: list[int] = []
+    trainer = commands.by_command(f"'{sys.executable}' '{program}' {fields}")
+    train_one(trainer, first=first, keep_at=keep_at, seed=4, tick=ticks.append)
+    told = (tmp_path / "arms/round-1-replicate-0/told").read_text()
+    assert told == f"4 {first} {keep_at or 0} 1 0 12 cpu"
+    assert sum(ticks) == 12 - first
+
+
+@posix
+def test_what_a_failed_attempt_has_written_is_not_the_next_ones(
+    train_one: Callable[..., Outcome], program: Callable[..., str], tmp_path: Path
+) -> None:
+    names = ("final.safetensors", "rewind.safetensors", "metrics.json")
+    train_one(commands.by_command(program()), keep_at=10, folder=tmp_path / "whole")
+    whole = tmp_path / "whole/round-1-replicate-0"
+
+    def attempt(written: tuple[str, ...], end: str) -> str:
+        copies = "".join(f'shutil.copy("{whole / name}", sys.argv[1]); ' for name in written)
+        with pytest.raises(TicketfindError) as found:
+            train_one(commands.by_command(python(f"import os, shutil, sys; {copies}{end}")), keep_at=10)
+        return str(found.value)
+
+    assert "ended with exit code 3" in attempt(names, "sys.exit(3)")
+    for name in names:
+        written = tuple(other for other in names if other != name)
+        assert re.search(f"expected the command to write .*{name}", attempt(written, "sys.exit(0)"))
+    assert "ended with exit code 3" in attempt(names, "sys.exit(3)")
+    assert "was killed, and its supervisor" in attempt((), "os.kill(os.getppid(), 9)"), "it left no exit code"
 
 
 # what leaves everything behind: a child, and one in a session of its own
