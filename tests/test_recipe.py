@@ -330,12 +330,26 @@ def test_evaluations_are_never_less_than_an_iteration_apart():
         ({"train": {"momentum": 0.9}}, "train.momentum: expected 0 for adamw, found 0.9"),
         ({"train": {"milestones": [5]}}, "train.milestones: expected with schedule step, and only there, found 1"),
         ({"train": {"schedule": "step"}}, "train.milestones: expected with schedule step, and only there, found 0"),
+        (
+            {"train": {"iterations": "30ep", "command": "x {out} {iterations:d}"}},
+            "train.iterations: expected a number above 1 beside {iterations} in train.command, found 30ep",
+        ),
+        (
+            {"train": {"iterations": "30ep", "command": "x {out}"}, "prune": {"rewind": "5%"}},
+            "prune.rewind: expected iterations (500it) or lr, as a training of your own has no known length, found 5%",
+        ),
     ],
 )
 def test_a_recipe_that_contradicts_itself_or_the_data(layer, message):
     with pytest.raises(RecipeError) as error:
         resolve({"train": {"iterations": 100} | layer.get("train", {}), "prune": layer.get("prune", {})})
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("iterations", "command"), [(30, "x {out} {iterations}"), ("30ep", "x {out} {{iterations}}")])
+def test_how_long_a_command_trains_where_it_is_told_so(iterations, command):
+    found = resolve({"train": {"iterations": iterations, "command": command}, "run": {"replicates": 2}})
+    assert int(found.train.iterations) == (30 if iterations == 30 else 1)
 
 
 def test_contradictions_too_are_reported_at_once():

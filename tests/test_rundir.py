@@ -262,6 +262,7 @@ def test_forgetting_removes_a_run_without_a_finished_training_only(make_recipe: 
     rundir.forget_unstarted(run)
     assert tree(run.path) == before
     (run.path / "log.jsonl").unlink()
+    run.state_folder.mkdir()  # of a snapshot that there was no room for
     rundir.forget_unstarted(run)
     assert not run.path.exists()
 

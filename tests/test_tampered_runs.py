@@ -214,6 +214,13 @@ def test_a_ticket_written_anew_with_other_contents(part: str, run: RunDir) -> No
     assert failed(verify.of_run(run)) == {WINNER: f"not as in the run: {part}"}
 
 
+@pytest.mark.parametrize(("key", "value"), [("iteration", 3), ("sigma", {}), ("checkpoint_dtype", "BF16")])
+def test_what_a_ticket_says_of_where_it_comes_from(run: RunDir, key: str, value: Any) -> None:
+    tensors, about = load_file(run.ticket_file), json.loads(metadata_of(run.ticket_file)["ticketfind"])
+    save_file(tensors, run.ticket_file, {"ticketfind": json.dumps(about | {key: value})})
+    assert failed(verify.of_run(run)) == {WINNER: f"not as in the run: its {key}"}
+
+
 def test_a_ticket_written_anew_with_more_tensors_or_fewer(run: RunDir) -> None:
     """It is whole for itself: a parameter without a mask is one that nobody prunes."""
     for part in ("init/fc2.bias", "mask/fc2.weight", "init/more", "mask/norm.weight"):

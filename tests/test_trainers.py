@@ -35,6 +35,8 @@ import json, os, subprocess, sys, time
 import numpy as np
 from safetensors.numpy import load_file, save_file
 init, mask, out, seed, first, rewind, mode = sys.argv[1:8]
+if os.path.exists("fail"):
+    sys.exit("ValueError: out of luck at once")
 with open(out + "/../started.txt", "a") as file:
     file.write(os.path.basename(out) + "\\n")
 weights, masks = load_file(init), load_file(mask)
@@ -46,8 +48,7 @@ for step in range(int(first), 10):
     if step + 1 == int(rewind):
         save_file(weights, out + "/rewind.safetensors")
 metrics = {"accuracy": 0.5 + int(seed) / 100, "validation_loss": 1.0, "test_size": 100}
-fail = os.path.exists("fail") or mode == "fail" and masks
-if fail:
+if mode == "fail" and masks:
     print("reading data ...", flush=True)
     sys.stdout.buffer.write("caf\\u00e9\\n".encode("latin-1"))
     sys.exit("ValueError: out of luck")
@@ -488,6 +489,20 @@ def test_what_failed_is_run_again_and_nothing_else(run: Any, program: Callable[.
     Path("program.py").write_text(PROGRAM.replace('mode == "fail"', "False"))  # the program is mended
     assert run(*asked[:-1], program("fail"))[0] == 0
     assert started.read_text().split()[3:] == ["round-1-replicate-0", "round-1-replicate-1"]
+
+
+@posix
+@pytest.mark.parametrize("own", ["checkpoints/1.pt", "final.safetensors"])
+def test_what_a_command_has_written_before_it_fails_is_kept(own: str, run: Any) -> None:
+    """In the first training too, where a search that fails leaves nothing else."""
+    asked = ["search", "--model", "net.py:net", "--rounds", 1, "--replicates", 2, "--out", "run", "--train-command"]
+    asked.append(f"'{sys.executable}' half.py {{out}}/{own}")
+    program = "import pathlib, sys; file = pathlib.Path(sys.argv[1]); "
+    Path("half.py").write_text(program + "file.parent.mkdir(exist_ok=True); file.write_text('hours'); sys.exit(3)")
+    assert "ended with exit code 3" in run(*asked)[2]
+    assert (Path("run/arms/round-0-replicate-0") / own).read_text() == "hours"
+    Path("half.py").write_text(program + "sys.exit(4 if file.exists() else 5)")
+    assert f"ended with exit code {5 if own == 'final.safetensors' else 4}" in run(*asked)[2], "a result is made anew"
 
 
 def test_tied_weights_are_masked_under_every_name(train_one: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ A *resolved* recipe has nothing left implicit: `Recipe.resolved` turns durations
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -224,6 +225,11 @@ class Recipe:
         if lengths.total < 1:
             faults.append(
                 f"train.iterations: expected at least 1, found {self.train.iterations} = {lengths.total} iterations"
+            )
+        if not lengths.known and self.train.command and re.search(r"(?<!\{)\{iterations\b", self.train.command):
+            faults.append(
+                "train.iterations: expected a number above 1 beside {iterations} in train.command,"
+                f" found {self.train.iterations}"
             )
         rewind = _rewind(self, lengths)
         if isinstance(rewind, Duration) and rewind.unit != "it":

@@ -29,6 +29,8 @@ MOST_LINE = 2**24
 """Bytes of a line of the log: 100,000 evaluations."""
 _FOLDERS = ("init", "masks", "trained", "state")
 """What a search writes to, in a run directory."""
+_OF_A_COMMAND = {"init.safetensors", "mask.safetensors", "log.txt", "exit-code", ".lock"}
+"""What is written for a command that trains, in its folder (`commands`); any other file there is its own."""
 
 RUNS = Path("runs")
 LATEST = RUNS / "latest"
@@ -320,8 +322,12 @@ def _check_same(recipe: Recipe, run: RunDir) -> None:
 
 
 def forget_unstarted(run: RunDir) -> None:
-    """Remove what the search wrote, if there is nothing in it to go on from: one that fails at once leaves nothing."""
-    if any("failed" not in line for line in run.log()) or run.state_folder.exists():
+    """Remove what the search wrote, if there is nothing in it to go on from: one that fails at once leaves nothing.
+
+    Snapshots are something to go on from, and files of a command's own.
+    """
+    own = [file for file in _files(run.arms_folder) if file.name not in _OF_A_COMMAND]
+    if own or _files(run.state_folder) or any("failed" not in line for line in run.log()):
         return
     for file in (run.recipe_file, run.log_file, run.drawn_file, run.lock_file):
         file.unlink(missing_ok=True)
@@ -329,6 +335,10 @@ def forget_unstarted(run: RunDir) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):  # it holds other files
         run.path.rmdir()
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if not path.is_dir()]
 
 
 def make_latest(run: RunDir) -> None:

@@ -197,6 +197,10 @@ def _began(run: RunDir, recipe: Recipe, line: dict[str, Any]) -> Fault:
     return None
 
 
+_FACTS = ("claims", "iteration", "sigma", "aliases", "checkpoint_dtype")
+"""What a winner's file says that follows from the run's other files, beside its recipe."""
+
+
 def _is_winner(run: RunDir) -> Check:
     """The ticket file against the run's other files."""
     what = "the ticket is the run's winner"
@@ -215,7 +219,7 @@ def _is_winner(run: RunDir) -> Check:
     faults = [
         *_differing("mask", dict(found.masks), dict(expected.masks)),
         *_differing("init", dict(found.init), dict(expected.init)),
-        *(f"its {key}" for key in ("claims", "iteration", "sigma", "aliases") if said[key] != true[key]),
+        *(f"its {key}" for key in _FACTS if said[key] != true[key]),
         *(["its recipe"] if _is_of_another_recipe(found, run) else []),
     ]
     if faults:
