@@ -65,10 +65,11 @@ def _of_drawing(model: "Model", prune: "Prune", train: "Train") -> Iterator[str]
             "prune.mask_lr: expected with --mask-iterations, --mask-stop or --prune-every (trainings for a mask alone),"
             f" found {prune.mask_lr:g} without"
         )
-    lengths = {"every": prune.every, "mask_iterations": prune.mask_iterations, "finetune": prune.finetune}
-    for key, length in lengths.items():
-        if length is not None and prune.score in BEFORE_TRAINING:
-            yield f"prune.{key}: expected null with {prune.score}, which looks at no training, found {length}"
+    keys = ("every", "mask_iterations", "finetune", "mask_stop")
+    asked = {key: value for key in keys if (value := getattr(prune, key)) is not None}
+    if prune.score in BEFORE_TRAINING:
+        for key, value in asked.items():
+            yield f"prune.{key}: expected null with {prune.score}, which looks at no training, found {value}"
     if prune.finetune is not None and {*prune.ahead} == {1}:
         yield f"prune.finetune: expected with --ahead 2 or more (several masks), found {prune.finetune} without"
     if not prune.ahead:
@@ -82,7 +83,6 @@ def _of_drawing(model: "Model", prune: "Prune", train: "Train") -> Iterator[str]
             f"prune.score: expected one of a training's ends, as model.trained shows no way there, found {prune.score}"
         )
     if train.is_external:
-        asked = {key: value for key, value in {**lengths, "mask_stop": prune.mask_stop}.items() if value is not None}
         for key, value in asked.items():
             yield f"prune.{key}: expected null, as a training of your own is not looked at on its way, found {value}"
         if prune.score in (*BEFORE_TRAINING, *OF_THE_WAY):
