@@ -32,16 +32,16 @@ def derived_seed(seed: int, *purpose: str | int) -> int:
 
 
 @contextmanager
-def seeded(seed: int, devices: Sequence[torch.device] = ()) -> Iterator[None]:
+def seeded(seed: int, *devices: torch.device) -> Iterator[None]:
     """Inside, what is drawn from torch's, numpy's and Python's generators follows from `seed`; outside, no change.
 
-    devices: whose generators are changed inside, and put back after it.
+    devices: whose generators follow from it too, as the processor's always do.
     """
     import numpy
 
     before = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=devices):
-        seed_all(seed)
+    with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
+        seed_all(seed, *devices)
         try:
             yield
         finally:
@@ -49,11 +49,13 @@ def seeded(seed: int, devices: Sequence[torch.device] = ()) -> Iterator[None]:
             numpy.random.set_state(before[1])
 
 
-def seed_all(seed: int) -> None:
-    """Start torch's, numpy's and Python's generators from `seed`; those of devices are left alone."""
+def seed_all(seed: int, *devices: torch.device) -> None:
+    """Start torch's, numpy's and Python's generators from `seed`; and those of devices where one is given."""
     import numpy
 
     torch.default_generator.manual_seed(seed)
+    if any(device.type != "cpu" for device in devices):
+        torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
 

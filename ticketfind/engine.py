@@ -372,8 +372,7 @@ def begin(
                 note(f"{what} cannot train this model, which is trained without it: {one_line(error)[:200]}")
         return Lockstep(lanes(), feeds(), how, first, context)
     finally:
-        seed_all(seed)
-        torch.manual_seed(seed)  # of devices too
+        seed_all(seed, device)
 
 
 def each(way: Way, count: int, train: Callable[[int, Tick], T], tick: Tick) -> Iterator[T]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ticketfind import TicketfindError
+from ticketfind.batches import seeded
 from ticketfind.masks import Masks, Weights
 
 
@@ -225,13 +226,11 @@ SCORES: dict[str, Score] = {
 
 
 def scored(score: Score, seen: Seen, *, seed: int) -> dict[str, Tensor]:
-    """The scores of everything that was seen, checked; what is drawn from torch's generators follows from `seed`.
+    """The scores of everything that was seen, checked; what is drawn at random follows from `seed`.
 
     Raises TicketfindError where a score is missing, wrongly shaped or not finite.
     """
-    devices = {w.device.index or 0 for w in seen.trained.values() if w.device.type == "cuda"}
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
+    with seeded(seed, *{w.device for w in seen.trained.values()}), torch.no_grad():
         try:
             found = score.function(seen)
         except TicketfindError:

@@ -246,7 +246,7 @@ def _digests(training: Lockstep, model: nn.Module, arms: Sequence[tuple[str, Sta
 
 def _own_draws(task: Task) -> AbstractContextManager[None]:
     """What is drawn at random inside changes nothing outside."""
-    return seeded(0, [task.device] if task.device.type == "cuda" else [])
+    return seeded(0, task.device)
 
 
 def _note_losses(course: Course, losses: Sequence[Sequence[float]], how: Train) -> None:

@@ -178,10 +178,7 @@ def by_function(function: Callable[..., Any]) -> Trainer:
         model = copy.deepcopy(task.model)
         lanes.put(model, arm.start, arm.masks)
         model.train()
-        cuda = [task.device] if task.device.type == "cuda" else []
-        seed = derived_seed(arm.seed, "draws")
-        with seeded(seed, cuda), torch.enable_grad():
-            torch.manual_seed(seed)  # of devices too
+        with seeded(derived_seed(arm.seed, "draws"), task.device), torch.enable_grad():
             held = Hold(model, arm, work)
             try:
                 metrics = function(model, held, arm)
