@@ -61,6 +61,12 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
 """Functions that are called then in a search, and at which call it is stopped."""
 
 
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, dict[str, bytes]]:
+    """What SEARCH leaves if nothing stops it, by engine; the first test that wants it searches."""
+    return {}
+
+
 @pytest.mark.parametrize(
     ("moment", "name", "engine"),
     [
@@ -73,12 +79,15 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     ],
 )
 def test_a_search_that_is_stopped_goes_on_to_the_same_bytes(
-    moment: str, name: str, engine: str, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+    moment: str, name: str, engine: str, undisturbed: dict[str, dict[str, bytes]], command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
     if engine == "processes" and not forks.possible():
         pytest.skip(SIDE_BY_SIDE)
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    assert command(*SEARCH, engine, "--out", whole).code == 0
+    out = tmp_path / "run"
+    if engine not in undisturbed:
+        assert command(*SEARCH, engine, "--out", tmp_path / "whole").code == 0
+        undisturbed[engine] = contents(tmp_path / "whole")
     with monkeypatch.context() as patch:
 
         def stop() -> None:
@@ -97,7 +106,7 @@ def test_a_search_that_is_stopped_goes_on_to_the_same_bytes(
     if moment != "pruning":  # of the one training, at the next iteration of the other
         assert [*(out / "state").iterdir()], "the training under way is kept"
     assert command(*SEARCH, engine, "--out", out).code == 0
-    assert contents(out) == contents(whole)
+    assert contents(out) == undisturbed[engine]
 
 
 def test_a_training_that_cannot_go_on_is_not_said_to_be_kept(
