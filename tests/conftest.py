@@ -28,6 +28,14 @@ from ticketfind.ticket import Provenance, Ticket
 from ticketfind.train import fit
 
 
+FIRST = ("test_kill.py::", "::test_distributed_training_by_torchrun")
+"""Tests of ten seconds and more, in parts of which a core has nothing to do: side by side, the others fill the time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(part in item.nodeid for part in FIRST))
+
+
 class Mlp(nn.Module):
     """[b, 12] -> [b, 4]: 192 + 192 + 48 prunable weights."""
 
