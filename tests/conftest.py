@@ -27,7 +27,6 @@ from ticketfind.scores import SCORES, Score
 from ticketfind.ticket import Provenance, Ticket
 from ticketfind.train import fit
 
-
 FIRST = ("test_kill.py::", "::test_distributed_training_by_torchrun")
 """Tests of ten seconds and more, in parts of which a core has nothing to do: side by side, the others fill the time."""
 
