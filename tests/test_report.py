@@ -294,7 +294,7 @@ def bands(svg: str) -> list[np.ndarray]:
     """The corners of each band of a figure, in the order of its lines: [n, 2] each."""
     found = []
     for group in ET.fromstring(svg).iter(f"{SVG}g"):
-        if "FillBetween" in (group.get("id") or ""):
+        if "PolyCollection" in (group.get("id") or ""):
             path, use = next(group.iter(f"{SVG}path")), next(group.iter(f"{SVG}use"))
             corners = [[float(x) for x in pair] for pair in re.findall(r"[ML] (\S+) (\S+)", path.get("d", ""))]
             found.append(np.array(corners) + [float(use.get(axis, 0)) for axis in "xy"])

@@ -32,11 +32,26 @@ def metadata_of(file: Path) -> dict[str, str]:
         return dict(opened.metadata() or {})
 
 
+def tensors_of(file: Path) -> dict[str, Tensor]:
+    """In memory: the file may be written over."""
+    return {name: tensor.clone() for name, tensor in load_file(file).items()}
+
+
 def change(file: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
     """Write a safetensors file again, its metadata kept, with other tensors."""
-    metadata, tensors = metadata_of(file), load_file(file)
+    metadata, tensors = metadata_of(file), tensors_of(file)
     edit(tensors)
     save_file(tensors, file, metadata)
+
+
+def about(file: Path) -> dict[str, Any]:
+    """What a ticket's file says of it."""
+    return json.loads(metadata_of(file)["ticketfind"])  # type: ignore[no-any-return]
+
+
+def say(file: Path, said: dict[str, Any]) -> None:
+    """Write a ticket's file again, its tensors kept, with other metadata."""
+    save_file(tensors_of(file), file, {"ticketfind": json.dumps(said)})
 
 
 def change_log(run: RunDir, round: int, replicate: int, **other: Any) -> None:
@@ -166,11 +181,17 @@ def test_a_ticket_that_is_missing_or_should_not_be_there(run: RunDir) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("iteration", 3), ("sigma", {"fc1.weight": 2.0}), ("aliases", {"a": "b"}), ("claims", {})]
+    ("key", "value"),
+    [
+        ("iteration", 3),
+        ("sigma", {"fc1.weight": 2.0}),
+        ("aliases", {"a": "b"}),
+        ("claims", {}),
+        ("checkpoint_dtype", "BF16"),
+    ],
 )
 def test_what_the_ticket_says_of_itself(key: str, value: Any, run: RunDir) -> None:
-    tensors, about = load_file(run.ticket_file), json.loads(metadata_of(run.ticket_file)["ticketfind"])
-    save_file(tensors, run.ticket_file, {"ticketfind": json.dumps(about | {key: value})})
+    say(run.ticket_file, about(run.ticket_file) | {key: value})
     assert failed(verify.of_run(run)) == {WINNER: f"not as in the run: its {key}"}
 
 
@@ -182,21 +203,21 @@ def test_the_ticket_of_another_replicate(run: RunDir) -> None:
     assert failed(verify.of_run(run)) == {WINNER: text}
     contents.load(run, 3, winner).save(run.ticket_file)
     assert not failed(verify.of_run(run))
-    tensors, about = load_file(run.ticket_file), json.loads(metadata_of(run.ticket_file)["ticketfind"])
+    truth = about(run.ticket_file)
     for key, value in (("replicate", 1 - winner), ("round", 2)):
-        save_file(tensors, run.ticket_file, {"ticketfind": json.dumps(about | {key: value})})
+        say(run.ticket_file, truth | {key: value})
         assert failed(verify.of_run(run)) == {WINNER: text}
 
 
 @pytest.mark.parametrize(("section", "key", "value"), [("run", "seed", 6), ("data", "spec", "digits"), ("run", "x", 1)])
 def test_the_recipe_that_a_ticket_has(section: str, key: str, value: Any, run: RunDir) -> None:
     """What it is trained by again; a key that an earlier version had not may be lacking."""
-    tensors, about = load_file(run.ticket_file), json.loads(metadata_of(run.ticket_file)["ticketfind"])
-    del about["recipe"]["prune"]["finetune"]
-    save_file(tensors, run.ticket_file, {"ticketfind": json.dumps(about)})
+    said = about(run.ticket_file)
+    del said["recipe"]["prune"]["finetune"]
+    say(run.ticket_file, said)
     assert not failed(verify.of_run(run))
-    about["recipe"][section][key] = value
-    save_file(tensors, run.ticket_file, {"ticketfind": json.dumps(about)})
+    said["recipe"][section][key] = value
+    say(run.ticket_file, said)
     assert failed(verify.of_run(run)) == {WINNER: "not as in the run: its recipe"}
 
 
@@ -212,13 +233,6 @@ def test_a_ticket_written_anew_with_other_contents(part: str, run: RunDir) -> No
         flat[kept], flat[gone] = False, True
     ticket.save(run.ticket_file)
     assert failed(verify.of_run(run)) == {WINNER: f"not as in the run: {part}"}
-
-
-@pytest.mark.parametrize(("key", "value"), [("iteration", 3), ("sigma", {}), ("checkpoint_dtype", "BF16")])
-def test_what_a_ticket_says_of_where_it_comes_from(run: RunDir, key: str, value: Any) -> None:
-    tensors, about = load_file(run.ticket_file), json.loads(metadata_of(run.ticket_file)["ticketfind"])
-    save_file(tensors, run.ticket_file, {"ticketfind": json.dumps(about | {key: value})})
-    assert failed(verify.of_run(run)) == {WINNER: f"not as in the run: its {key}"}
 
 
 def test_a_ticket_written_anew_with_more_tensors_or_fewer(run: RunDir) -> None:
@@ -241,8 +255,7 @@ def test_the_weights_remaining_that_a_ticket_says(said: Any, layout: str, run: R
     file = tmp_path / "t"
     load_ticket(run.ticket_file).save(file, layout=layout)
     assert not failed(verify.of_ticket(file))
-    about = json.loads(metadata_of(file)["ticketfind"])
-    save_file(load_file(file), file, {"ticketfind": json.dumps(about | {"remaining": said})})
+    say(file, about(file) | {"remaining": said})
     assert failed(verify.of_ticket(file)).keys() == {"weights remaining are as it says"}
 
 

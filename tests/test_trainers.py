@@ -580,7 +580,7 @@ def test_a_missing_rewind_point(train_one: Callable[..., Outcome], program: Call
         ("train {out.name}", "found {out.name}"),
         ("train '{out}", "No closing quotation"),
         ("train {out", "expected '}'"),
-        ("train {out} {seed:zz}", "format code"),
+        ("train {out} {seed:zz}", "format"),
         ("train {out} {seed:{x}}", "'x'"),
     ],
 )
