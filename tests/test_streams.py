@@ -188,15 +188,20 @@ def test_a_reading_process_that_is_killed():
     assert "\n" not in str(error.value)
 
 
-def test_an_iterator_closed_early_ends_its_processes():
-    for batches in (
-        stream(TensorDataset(*pair()), 2).batches(Order(0, 5, 0, 10**9)).blocks,
-        flow(Counting(), 10).chunks(1),
-    ):
-        next(batches)
-        assert multiprocessing.active_children()
-        batches.close()
-        assert not multiprocessing.active_children()
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda: stream(TensorDataset(*pair()), 2).batches(Order(0, 5, 0, 10**9)).blocks,
+        lambda: flow(Counting(), 10).chunks(1),
+    ],
+    ids=["training", "measuring"],
+)
+def test_an_iterator_dropped_early_ends_its_processes(begin):
+    batches = begin()
+    next(batches)
+    assert multiprocessing.active_children()
+    del batches
+    assert not multiprocessing.active_children()
 
 
 def test_reading_processes_leave_ctrl_c_to_the_training():

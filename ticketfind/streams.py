@@ -179,7 +179,7 @@ class _FlowReader(IterableDataset[Any]):
 
 
 def _load(dataset: Any, workers: int, device: torch.device, **how: Any) -> Iterator[Batch]:
-    """Batches from a data set of them, read ahead by `workers` processes, which end when the iterator is closed."""
+    """Batches from a data set of them, read ahead by `workers` processes, which end when the iterator is dropped."""
     if workers:
         how |= {"prefetch_factor": 4}
         how |= {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}  # a user's file is no module
