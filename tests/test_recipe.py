@@ -332,7 +332,11 @@ def test_evaluations_are_never_less_than_an_iteration_apart():
         ({"train": {"schedule": "step"}}, "train.milestones: expected with schedule step, and only there, found 0"),
         (
             {"train": {"iterations": "30ep", "command": "x {out} {iterations:d}"}},
-            "train.iterations: expected a number above 1 beside {iterations} in train.command, found 30ep",
+            "train.iterations: expected a number of iterations beside {iterations} in train.command, found 30ep",
+        ),
+        (
+            {"train": {"iterations": "30ep", "command": "x {out} {{{iterations}}}"}},
+            "train.iterations: expected a number of iterations beside {iterations} in train.command, found 30ep",
         ),
         (
             {"train": {"iterations": "30ep", "command": "x {out}"}, "prune": {"rewind": "5%"}},
@@ -346,10 +350,13 @@ def test_a_recipe_that_contradicts_itself_or_the_data(layer, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(("iterations", "command"), [(30, "x {out} {iterations}"), ("30ep", "x {out} {{iterations}}")])
+@pytest.mark.parametrize(
+    ("iterations", "command"),
+    [(30, "x {out} {iterations}"), (1, "x {out} {iterations}"), ("30ep", "x {out} {{iterations}}")],
+)
 def test_how_long_a_command_trains_where_it_is_told_so(iterations, command):
     found = resolve({"train": {"iterations": iterations, "command": command}, "run": {"replicates": 2}})
-    assert int(found.train.iterations) == (30 if iterations == 30 else 1)
+    assert int(found.train.iterations) == (1 if iterations == "30ep" else iterations)
 
 
 def test_contradictions_too_are_reported_at_once():

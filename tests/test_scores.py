@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import random
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -98,6 +99,19 @@ def test_random_scores_follow_from_the_seed_and_leave_the_generator_alone() -> N
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_a_score_of_ones_own_draws_follows_from_the_seed_too() -> None:
+    def drawing(trained: Weights, initial: Weights) -> Weights:
+        return {name: w * 0 + random.random() + np.random.rand() for name, w in trained.items()}
+
+    def outside() -> str:
+        return f"{random.getstate()} {np.random.get_state()}"
+
+    before = outside()
+    a, b, c = (scored(by_function(drawing), seen(), seed=seed)["w"] for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert outside() == before
 
 
 def failing(trained: Weights, initial: Weights) -> Weights:

@@ -492,7 +492,7 @@ def test_what_failed_is_run_again_and_nothing_else(run: Any, program: Callable[.
 
 
 @posix
-@pytest.mark.parametrize("own", ["checkpoints/1.pt", "final.safetensors"])
+@pytest.mark.parametrize("own", ["checkpoints/1.pt", "logs/log.txt", "final.safetensors"])
 def test_what_a_command_has_written_before_it_fails_is_kept(own: str, run: Any) -> None:
     """In the first training too, where a search that fails leaves nothing else."""
     asked = ["search", "--model", "net.py:net", "--rounds", 1, "--replicates", 2, "--out", "run", "--train-command"]

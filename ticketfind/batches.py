@@ -40,7 +40,7 @@ def seeded(seed: int, *devices: torch.device) -> Iterator[None]:
     import numpy
 
     before = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
+    with torch.random.fork_rng(devices=[device for device in devices if device.type != "cpu"]):
         seed_all(seed, *devices)
         try:
             yield

@@ -226,9 +226,9 @@ class Recipe:
             faults.append(
                 f"train.iterations: expected at least 1, found {self.train.iterations} = {lengths.total} iterations"
             )
-        if not lengths.known and self.train.command and re.search(r"(?<!\{)\{iterations\b", self.train.command):
+        if self.train.iterations.unit != "it" and re.search(r"(?<!\{)(\{\{)*\{iterations\b", self.train.command or ""):
             faults.append(
-                "train.iterations: expected a number above 1 beside {iterations} in train.command,"
+                "train.iterations: expected a number of iterations beside {iterations} in train.command,"
                 f" found {self.train.iterations}"
             )
         rewind = _rewind(self, lengths)

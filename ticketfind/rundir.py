@@ -326,8 +326,9 @@ def forget_unstarted(run: RunDir) -> None:
 
     Snapshots are something to go on from, and files of a command's own.
     """
-    own = [file for file in _files(run.arms_folder) if file.name not in _OF_A_COMMAND]
-    if own or _files(run.state_folder) or any("failed" not in line for line in run.log()):
+    ours = {file for name in _OF_A_COMMAND for file in run.arms_folder.glob(f"*/{name}")}
+    kept = {*_files(run.arms_folder), *_files(run.state_folder)} - ours
+    if kept or any("failed" not in line for line in run.log()):
         return
     for file in (run.recipe_file, run.log_file, run.drawn_file, run.lock_file):
         file.unlink(missing_ok=True)
@@ -338,7 +339,7 @@ def forget_unstarted(run: RunDir) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if not path.is_dir()]
+    return [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
 
 
 def make_latest(run: RunDir) -> None:

@@ -171,7 +171,7 @@ def by_function(function: Callable[..., Any]) -> Trainer:
 
     model: in place, under its mask, on the device; trained in place. hold: see `Hold`. arm: see `arms.Arm` (seed,
     round, replicate, first iteration). metrics: a dict, see METRICS. What the function draws from torch's, numpy's and
-    Python's generators follows from the arm's seed.
+    Python's generators, on the processor and on the device, follows from the arm's seed.
     """
 
     def train(task: Task, arm: Arm, work: Work) -> Outcome:
