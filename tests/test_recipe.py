@@ -332,11 +332,11 @@ def test_evaluations_are_never_less_than_an_iteration_apart():
         ({"train": {"schedule": "step"}}, "train.milestones: expected with schedule step, and only there, found 0"),
         (
             {"train": {"iterations": "30ep", "command": "x {out} {iterations:d}"}},
-            "train.iterations: expected a number of iterations beside {iterations} in train.command, found 30ep",
+            "train.iterations: expected a number (--iterations N) beside {iterations} in train.command, found 30ep",
         ),
         (
             {"train": {"iterations": "30ep", "command": "x {out} {{{iterations}}}"}},
-            "train.iterations: expected a number of iterations beside {iterations} in train.command, found 30ep",
+            "train.iterations: expected a number (--iterations N) beside {iterations} in train.command, found 30ep",
         ),
         (
             {"train": {"iterations": "30ep", "command": "x {out}"}, "prune": {"rewind": "5%"}},

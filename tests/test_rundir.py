@@ -278,6 +278,16 @@ def test_a_snapshot_of_the_first_training_is_something_to_go_on_from(make_recipe
     assert tree(run.path) == before
 
 
+def test_a_commands_link_to_a_folder_is_a_file_of_its_own(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    run = RunDir(Path("run"))
+    rundir.begin(run, make_recipe())
+    folder = run.arms_folder / "round-0-replicate-0"
+    folder.mkdir(parents=True)
+    (folder / "checkpoints").symlink_to(tmp_path, target_is_directory=True)
+    rundir.forget_unstarted(run)
+    assert (folder / "checkpoints").is_symlink() and run.recipe_file.exists()
+
+
 def test_a_folder_without_a_recipe_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(TicketfindError, match=r"expected a run directory, found no recipe\.yaml in it"):
         RunDir(tmp_path).recipe()

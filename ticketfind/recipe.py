@@ -228,7 +228,7 @@ class Recipe:
             )
         if self.train.iterations.unit != "it" and re.search(r"(?<!\{)(\{\{)*\{iterations\b", self.train.command or ""):
             faults.append(
-                "train.iterations: expected a number of iterations beside {iterations} in train.command,"
+                "train.iterations: expected a number (--iterations N) beside {iterations} in train.command,"
                 f" found {self.train.iterations}"
             )
         rewind = _rewind(self, lengths)

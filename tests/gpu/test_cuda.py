@@ -21,7 +21,7 @@ from ticketfind import TicketfindError, contents, devices, engine, masks, memory
 from ticketfind import search as searching
 from ticketfind.arms import Arm, Outcome, Task, Watched
 from ticketfind.augment import augmented
-from ticketfind.batches import Data, Order, Split
+from ticketfind.batches import Data, Order, Split, seeded
 from ticketfind.connection import is_disconnected
 from ticketfind.course import Failed
 from ticketfind.devices import EAGER, Way
@@ -859,3 +859,13 @@ def test_a_loss_that_is_not_finite_names_arm_and_iteration(
     huge = {name: value * 1e30 for name, value in task.start(0).items()}
     ((_, failed),) = fit([Arm("arm", huge, {}, 0, first=3)], task, make_train(), way=EAGER)
     assert isinstance(failed, Failed) and failed.reason.startswith("the loss is not finite at iteration 3;")
+
+
+def test_what_is_drawn_on_the_device_follows_from_the_seed_and_changes_nothing_outside() -> None:
+    def drawn(seed: int) -> float:
+        with seeded(seed, torch.device(DEVICE)):
+            return torch.rand((), device=DEVICE).item()
+
+    before = torch.cuda.get_rng_state()
+    assert drawn(3) == drawn(3) != drawn(4)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
